@@ -249,11 +249,11 @@ def read_hub(name:str # a name in `SOURCES`, or 'hub:owner/name'
     items = enumerate((step(dict(o)) for s in splits.values() for o in s), 1)
     return _some_left(*to_rows(items, name), name)
 
-# %% ../nbs/01_data.ipynb #37b22b70
+# %% ../nbs/01_data.ipynb #f527b763
 def read_source(data:str, # 'sample', a name in `SOURCES`, 'hub:owner/name', or a file
                 encoding:str='utf-8') -> tuple[list[dict], list[Reject]]:
     "Rows and rejects of whatever `data` names."
-    if data == 'sample': return read_rows(Path(__file__).parent/'sample'/'rows.jsonl')
+    if data == 'sample': return read_rows(package_dir()/'sample'/'rows.jsonl')
     if data in SOURCES or data.startswith('hub:'): return read_hub(data)
     return read_rows(rooted(data), encoding)
 

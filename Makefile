@@ -1,0 +1,36 @@
+# make run: the main job.  make test: all tests.  Both set up what they need in .venv.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV   ?= .venv
+BIN     = $(VENV)/bin
+SHELL   = /bin/bash
+
+.PHONY: run test setup lab notebooks readme docs clean
+
+run: setup            ## the whole road with the default model on the shipped sample
+	$(BIN)/yothalia run
+
+test: setup           ## everything: modules in sync, all notebooks, the tests that need processes
+	$(BIN)/python -m pytest -q tests/test_frame.py
+	$(BIN)/nbdev_test --n_workers 1 --do_print
+	$(BIN)/python -m pytest -q tests --ignore tests/test_frame.py
+
+setup: $(VENV)/installed
+$(VENV)/installed: constraints.txt settings.ini setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; say which by PYTHON=..."; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+lab: setup            ## JupyterLab with this environment's kernel
+	$(BIN)/jupyter lab --notebook-dir=.
+
+notebooks: setup      ## run all notebooks and keep their outputs
+	cd nbs && for n in 0*.ipynb index.ipynb; do YOTHALIA_PROGRESS=off PYTHONWARNINGS=ignore ../$(BIN)/jupyter nbconvert --to notebook --execute --inplace $$n || exit 1; done
+	$(BIN)/nbdev_clean && $(BIN)/nbdev_export
+	$(MAKE) readme
+
+readme: setup         ## README.md from nbs/index.ipynb
+	$(BIN)/jupyter nbconvert --to markdown --output-dir . --output README --RegexRemovePreprocessor.patterns='^#\| (hide|default)' nbs/index.ipynb
+
+clean:
+	rm -rf _runs _docs _proc _site build dist *.egg-info

@@ -1,0 +1,59 @@
+"""Notebooks and modules agree, notebooks are clean, and importing is quick."""
+import json, re, shutil, subprocess, sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted(p for p in (ROOT/'nbs').glob('*.ipynb') if not p.name.startswith('_'))
+cells = lambda p: json.loads(p.read_text(encoding='utf-8'))['cells']
+source = lambda c: ''.join(c['source'])
+
+
+@pytest.fixture(scope='module')
+def copy(tmp_path_factory):
+    "A copy of what nbdev works on, without the rest."
+    box = tmp_path_factory.mktemp('frame')
+    for name in ('nbs', 'yothalia'): shutil.copytree(ROOT/name, box/name, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
+    for name in ('settings.ini', 'README.md'): shutil.copy(ROOT/name, box/name)
+    return box
+
+
+def nbdev(command, box):
+    subprocess.run([sys.executable, '-c', f'from nbdev.{command[0]} import {command[1]}; {command[1]}()'], cwd=box, check=True, timeout=300)
+
+
+def test_modules_are_in_sync(copy):
+    nbdev(('export', 'nbdev_export'), copy)
+    for p in sorted((ROOT/'yothalia').glob('*.py')):
+        assert (copy/'yothalia'/p.name).read_text() == p.read_text(), f'yothalia/{p.name} is not what the notebooks export: run nbdev_export'
+    assert {p.name for p in (copy/'yothalia').glob('*.py')} == {p.name for p in (ROOT/'yothalia').glob('*.py')}
+
+
+def test_notebooks_are_clean(copy):
+    nbdev(('clean', 'nbdev_clean'), copy)
+    for p in NOTEBOOKS:
+        assert json.loads((copy/'nbs'/p.name).read_text()) == json.loads(p.read_text()), f'nbs/{p.name} has metadata to clean: run nbdev_clean'
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.name)
+def test_anatomy(path):
+    cs = cells(path)
+    assert all(c.get('id') for c in cs), 'cells without ids: the module can never be in sync'
+    assert len({c['id'] for c in cs}) == len(cs), 'two cells have the same id'
+    if path.name[:2].isdigit():
+        n = sum('parameters' in c['metadata'].get('tags', []) for c in cs)
+        assert n == 1, f'{n} cells are tagged parameters, a job has exactly one'
+    for c in cs:
+        if c['cell_type'] != 'code': continue
+        out = json.dumps(c['outputs'])
+        assert '"output_type": "error"' not in out, f'a saved output is an error: {source(c)[:60]}'
+        assert '"name": "stderr"' not in out, f'a saved output holds stderr: {source(c)[:60]}'
+        assert not re.search(r'"[^"]*(/root/|/home/|/work/|/tmp/)', out), f'a saved output shows a path of a machine: {source(c)[:60]}'
+    assert any(c.get('outputs') for c in cs if c['cell_type'] == 'code') or path.name == 'index.ipynb', 'no saved outputs'
+
+
+def test_import_is_quick_and_needs_no_torch():
+    code = 'import sys, time; t = time.perf_counter(); import yothalia, yothalia.core; assert "torch" not in sys.modules; print(time.perf_counter()-t)'
+    took = float(subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=ROOT).stdout)
+    assert took < 5, f'importing took {took:.1f} s'  # about 0.3 s; the limit only catches a heavy import
