@@ -24,7 +24,7 @@ def nbdev(command, box):
 
 
 def test_modules_are_in_sync(copy):
-    nbdev(('export', 'nbdev_export'), copy)
+    nbdev(('doclinks', 'nbdev_export'), copy)
     for p in sorted((ROOT/'yothalia').glob('*.py')):
         assert (copy/'yothalia'/p.name).read_text() == p.read_text(), f'yothalia/{p.name} is not what the notebooks export: run nbdev_export'
     assert {p.name for p in (copy/'yothalia').glob('*.py')} == {p.name for p in (ROOT/'yothalia').glob('*.py')}
