@@ -86,7 +86,7 @@ def mean_metric(values, # one a prompt
     low, high = stats.t.interval(.95, len(v)-1, v.mean(), stats.sem(v))
     return metric(float(v.mean()), unit, len(v), float(low), float(high))
 
-# %% ../nbs/03_quantization.ipynb #82718ec9
+# %% ../nbs/03_quantization.ipynb #b6a37d8e
 def measure(precision:str, # one of `PRECISIONS`
             cfg:QuantizationConfig, tok, data, # examples for the loss
             texts:list[str] # rendered prompts for the speed
@@ -94,11 +94,10 @@ def measure(precision:str, # one of `PRECISIONS`
     "Memory, held-out loss and speed of the model at one precision."
     start = time.perf_counter()
     model = load_model(cfg.model, precision, run_adapter(cfg.out, cfg.adapter) or None)
-    loaded = time.perf_counter() - start
+    loaded, memory = time.perf_counter() - start, weights_memory(model)
     time_reply(model, tok, texts[0], 2)  # warm up
     timed = [time_reply(model, tok, t, cfg.new_tokens) for t in progress(texts, f'{precision} speed')]
     sums, counts = row_losses(model, data)
-    memory = weights_memory(model)
     del model; gc.collect()
     if torch.cuda.is_available(): torch.cuda.empty_cache()
     return {'weights': memory, 'held-out loss': loss_metric(sums, counts), 'decode': mean_metric([t[1] for t in timed], 'tokens/s'),
