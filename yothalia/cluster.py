@@ -6,8 +6,8 @@
 __all__ = ['STEPS', 'app', 'RunError', 'notebook_parameters', 'plan', 'check_values', 'step_keys', 'done_mark', 'is_done',
            'run_notebook', 'run_all', 'show_frame', 'summary_figure', 'show_results', 'run', 'results']
 
-# %% ../nbs/06_cluster.ipynb #f2e45d1f
-import ast, json, os, signal, sys, threading, time
+# %% ../nbs/06_cluster.ipynb #64c1528f
+import ast, json, os, tempfile, threading, time
 from pathlib import Path
 from typing import Annotated
 
@@ -93,7 +93,7 @@ def is_done(folder:Path, step:str, key:str) -> bool:
     except (OSError, ValueError): return False
     return mark['key'] == key and all((folder/r).exists() for r in mark['records'])
 
-# %% ../nbs/06_cluster.ipynb #0a5dd69a
+# %% ../nbs/06_cluster.ipynb #9fff24e4
 def _follow(file:Path, show, stop:threading.Event):
     "Call `show` with each new line of progress until told to stop."
     last = ''
@@ -105,16 +105,20 @@ def _follow(file:Path, show, stop:threading.Event):
 def run_notebook(step:str, params:dict, folder:Path, show=lambda text: None):
     "Execute one notebook into `folder`; raise a `RunError` that shows the failing cell and its error."
     import papermill as pm
+    from traitlets.config import Config
     from papermill.exceptions import PapermillExecutionError
     told, stop = folder/f'.{step}.progress', threading.Event()
     os.environ['YOTHALIA_PROGRESS'] = str(told)
     t = threading.Thread(target=_follow, args=(told, show, stop), daemon=True); t.start()
     out = folder/f'{step}.ipynb'
-    try: pm.execute_notebook(str(project_root()/'nbs'/f'{step}.ipynb'), str(out), params, cwd=str(project_root()), progress_bar=False, kernel_name='python3', autosave_cell_every=30)
+    sockets = tempfile.TemporaryDirectory(prefix='yothalia-')  # where only this user can open them
+    local = {} if os.name == 'nt' else {'config': Config({'KernelManager': {'transport':'ipc', 'ip':f'{sockets.name}/k'}})}
+    try: pm.execute_notebook(str(project_root()/'nbs'/f'{step}.ipynb'), str(out), params, cwd=str(project_root()), progress_bar=False,
+                             kernel_name='python3', autosave_cell_every=30, **local)
     except PapermillExecutionError as e:
         source = '\n'.join('    '+l for l in str(e.source).splitlines()[:12])
         raise RunError(f'{step} failed in cell {e.exec_count} of {tidy(out)}:\n{source}\n{e.ename}: {e.evalue}') from None
-    finally: stop.set(); t.join(); told.unlink(missing_ok=True); os.environ.pop('YOTHALIA_PROGRESS', None)
+    finally: sockets.cleanup(); stop.set(); t.join(); told.unlink(missing_ok=True); os.environ.pop('YOTHALIA_PROGRESS', None)
 
 # %% ../nbs/06_cluster.ipynb #fa04a46a
 def run_all(planned:dict[str,dict], folder:Path, # step → parameters; the run's folder
@@ -197,12 +201,10 @@ def run(recipe: Annotated[Path, typer.Argument(help='YAML file with parameters')
     except (RunError, ConfigError, ValueError) as e:
         console.print(f'[bold red]Stopped:[/] ', end=''); console.print(str(e), markup=False, highlight=False, soft_wrap=True); raise typer.Exit(1)
 
-# %% ../nbs/06_cluster.ipynb #30f59b65
+# %% ../nbs/06_cluster.ipynb #63f04468
 @app.command()
 def results(name: Annotated[str, typer.Argument(help='a run in _runs, or a folder with records')] = 'default'):
     "Show the tables and the figure of a run again."
     folder = rooted('_runs')/name if (rooted('_runs')/name).is_dir() else rooted(name)
     if not (folder/'records').is_dir(): Console().print(f'There are no records in {tidy(folder)}: run `yothalia run --name {name}` first.'); raise typer.Exit(1)
     show_results(folder, Console())
-
-if __name__ == '__main__': app()

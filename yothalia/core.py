@@ -18,12 +18,13 @@ from logging import getLogger
 from pathlib import Path
 from typing import Any, Literal
 
-# %% ../nbs/00_core.ipynb #2dae6d81
+# %% ../nbs/00_core.ipynb #423d50ba
 import psutil
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 getLogger('bitsandbytes').setLevel('ERROR')  # it complains of a kernel that it would fetch from the hub
+os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # torch's profiler writes its stages to stderr
 
 # %% ../nbs/00_core.ipynb #94bb1d66
 def project_root(start:str|Path|None=None # where to begin; else YOTHALIA_ROOT, else the working folder

