@@ -138,7 +138,7 @@ def run_all(planned:dict[str,dict], folder:Path, # step → parameters; the run'
         with atomic(done_mark(folder, step)) as f: f.write_text(json.dumps(dict(key=keys[step], records=sorted(made), seconds=round(time.time()-start, 1)), indent=1))
         console.print(f'{head}  {time.time()-start:.0f} s')
 
-# %% ../nbs/06_cluster.ipynb #a93f30c5
+# %% ../nbs/06_cluster.ipynb #2171d90d
 def show_frame(frame, title:str, console:Console):
     "Print a pandas table."
     t = Table(title=title, title_justify='left', show_edge=False)
@@ -156,7 +156,7 @@ def summary_figure(folder:Path # the run's folder
     fig, ax = plt.subplots(2, 2, figsize=(13, 7.4), layout='constrained')
     if r := get('benchmark'): benchmark.plot_accuracy(r, ax[0, 0])
     if r := get('quantization'): quantization.plot_precisions(r, [ax[0, 1], ax[1, 1]])
-    if r := get('profiling'): profiling.plot_profile(r[0], [ax[1, 0], plt.figure().gca()])
+    if r := get('profiling'): profiling.plot_phases(r[0], ax[1, 0])
     fig.savefig(folder/'summary.png', dpi=110); plt.close('all')
     return folder/'summary.png'
 

@@ -165,7 +165,7 @@ class Watch(TrainerCallback):
             if not math.isfinite((logs or {}).get(k, 0)):
                 raise TrainError(f'{k} is {logs[k]} at step {state.global_step}: lower learning_rate (now {args.learning_rate}); the last whole checkpoint is kept.')
 
-# %% ../nbs/02_lora.ipynb #81e5be4c
+# %% ../nbs/02_lora.ipynb #45e29155
 def training_arguments(cfg:LoraConfig, # parameters
                        folder:Path, # where checkpoints go
                        n_rows:int # training examples
@@ -175,7 +175,7 @@ def training_arguments(cfg:LoraConfig, # parameters
     every = max(1, steps // cfg.evals)
     cpu = device_info()['device'] == 'cpu'
     return TrainingArguments(
-        output_dir=str(folder), max_steps=steps, learning_rate=cfg.learning_rate, lr_scheduler_type='cosine', warmup_steps=max(1, steps//20),
+        output_dir=str(folder), max_steps=steps, learning_rate=cfg.learning_rate, lr_scheduler_type='cosine', warmup_steps=steps//20,
         per_device_train_batch_size=cfg.micro_batch, gradient_accumulation_steps=max(1, cfg.batch//cfg.micro_batch),
         per_device_eval_batch_size=cfg.micro_batch, eval_strategy='steps', eval_steps=every, eval_on_start=True, prediction_loss_only=True,
         save_strategy='steps', save_steps=every, save_total_limit=2, load_best_model_at_end=True, metric_for_best_model='eval_loss', greater_is_better=False,

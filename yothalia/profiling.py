@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ProfilingConfig', 'matmul_rate', 'matmul_parameters', 'peak_memory', 'train_iteration', 'profiled', 'operator_table',
-           'share_of_limit', 'plot_profile']
+           'share_of_limit', 'plot_phases', 'plot_operators', 'plot_profile']
 
 # %% ../nbs/05_profiling.ipynb #f970cf16
 import gc, gzip, json, threading, time
@@ -120,18 +120,25 @@ def share_of_limit(tokens:int, seconds:float, flop_per_token:float, rate:float #
     "The share of the measured matrix-multiplication rate that is reached."
     return tokens*flop_per_token/seconds/rate
 
-# %% ../nbs/05_profiling.ipynb #7f92e597
-def plot_profile(record:dict, # of this step
-                 axes=None):
-    "The phases of the training iteration, and the operators of both iterations."
-    import matplotlib.pyplot as plt
-    axes = plt.subplots(1, 2, figsize=(11, 3.2), layout='constrained', width_ratios=[1, 1.6])[1] if axes is None else axes
+# %% ../nbs/05_profiling.ipynb #a85d4ee9
+def plot_phases(record:dict, # of this step
+                ax):
+    "The phases of the training iteration, one after the other."
     left, m = 0, record['metrics']
     for name in ('loader', 'forward', 'backward', 'optimizer'):
         v = m[f'train {name}']['value']
-        axes[0].barh(['training\niteration'], [v], left=left, label=name); left += v
-    axes[0].set(xlabel='seconds', title=f"{m['train share of matmul rate']['value']:.0%} of the matmul rate"); axes[0].legend(ncols=2, fontsize=8)
-    ops = pd.DataFrame(record['what']['operators'])
-    wide = ops.pivot(index='operator', columns='iteration', values='share').fillna(0).sort_values('train').tail(9)
-    wide.plot.barh(ax=axes[1]); axes[1].set(xlabel='share of self time', ylabel='', title='Where the time goes')
+        ax.barh(['training\niteration'], [v], left=left, label=name); left += v
+    ax.set(xlabel='seconds', title=f"Training: {m['train share of matmul rate']['value']:.0%} of the matmul rate"); ax.legend(ncols=2, fontsize=8)
+
+def plot_operators(record:dict, ax):
+    "The operators with the largest share of the time of both iterations."
+    ops = pd.DataFrame(record['what']['operators']).assign(operator=lambda d: d.operator.str.removeprefix('aten::').str.slice(0, 34))
+    wide = ops.pivot_table(index='operator', columns='iteration', values='share', aggfunc='sum').fillna(0).sort_values('train').tail(9)
+    wide.plot.barh(ax=ax); ax.set(xlabel='share of self time', ylabel='', title='Where the time goes')
+
+def plot_profile(record:dict):
+    "Phases and operators, side by side."
+    import matplotlib.pyplot as plt
+    axes = plt.subplots(1, 2, figsize=(11, 3.2), layout='constrained', width_ratios=[1, 1.6])[1]
+    plot_phases(record, axes[0]); plot_operators(record, axes[1])
     return axes
