@@ -6,8 +6,8 @@
 __all__ = ['CONDITIONS', 'NORMALISATIONS', 'SCORERS', 'about', 'READINGS', 'BenchmarkConfig', 'switched', 'question_item',
            'normalised', 'kept', 'write_lines', 'prior_scores', 'score_cloze', 'original_prompt', 'ask', 'label_ids',
            'rotated', 'letter_items', 'score_letter', 'parse_strict', 'parse_lenient', 'answered', 'score_generate',
-           'accuracy', 'mcnemar', 'right', 'summary', 'score_all', 'key_of_prior', 'choose_headline', 'in_mode',
-           'benchmark', 'headline_of', 'accuracy_table', 'comparisons', 'plot_accuracy']
+           'accuracy', 'mcnemar', 'right', 'summary', 'score_all', 'key_of_prior', 'described', 'choose_headline',
+           'in_mode', 'benchmark', 'headline_of', 'accuracy_table', 'brief_table', 'comparisons', 'plot_accuracy']
 
 # %% ../nbs/04_benchmark.ipynb #83db4014
 import json, re
@@ -241,7 +241,11 @@ def key_of_prior(setting:list, on:bool) -> str:
     what = {k: v for k, v in setting[0].items() if k not in ('condition', 'mode', 'headline', 'adapter')}
     return content_hash(what, setting[1:], setting[0]['adapter'] if on else '')
 
-# %% ../nbs/04_benchmark.ipynb #a412a06a
+# %% ../nbs/04_benchmark.ipynb #398afd55
+def described(cfg:BenchmarkConfig) -> dict:
+    "What all records of a run have in common."
+    return dict(step='benchmark', model=ALIASES.get(cfg.model, cfg.model), precision=cfg.precision, data_hash=data_hash(cfg.out), options=cfg.options)
+
 def choose_headline(cfg:BenchmarkConfig, model, tok, what:dict # model, precision and the like
                    ) -> dict: # headline, and what it was chosen by
     "Choose the normalisation of `cloze` on held-out rows; ties go to the earlier in `NORMALISATIONS`."
@@ -254,7 +258,7 @@ def choose_headline(cfg:BenchmarkConfig, model, tok, what:dict # model, precisio
     shares = {n: round(float(np.mean(v)), 4) for n, v in hits.items()}
     return dict(headline=max(shares, key=shares.get), chosen_by=f'{len(dev)} dev questions, base and prompt: {json.dumps(shares)}')
 
-# %% ../nbs/04_benchmark.ipynb #c862473b
+# %% ../nbs/04_benchmark.ipynb #a86ffdae
 def in_mode(cfg:BenchmarkConfig, qs:list[dict], mode:str, track:str) -> list[dict]:
     "The questions of a track that are asked in a mode."
     if mode == 'cloze': return qs
@@ -263,8 +267,8 @@ def in_mode(cfg:BenchmarkConfig, qs:list[dict], mode:str, track:str) -> list[dic
 
 def benchmark(cfg:BenchmarkConfig, model, tok, tracks:dict[str,list[dict]], adapter:str='') -> list[dict]: # records
     "Score all questions in all modes and conditions; write a record each, and one of the rules a track."
-    base = dict(step='benchmark', model=ALIASES.get(cfg.model, cfg.model), precision=cfg.precision, data_hash=data_hash(cfg.out), options=cfg.options)
-    chosen, out, folder = choose_headline(cfg, model, tok, base), [], rooted(cfg.out)/'records'
+    base, out, folder = described(cfg), [], rooted(cfg.out)/'records'
+    chosen = choose_headline(cfg, model, tok, base)
     for track, mode in ((t, m) for t in tracks for m in cfg.modes):
         if not (some := in_mode(cfg, tracks[track], mode, track)): continue
         for condition in (c for c, (_, on) in CONDITIONS.items() if adapter or not on):
@@ -298,6 +302,19 @@ def accuracy_table(records:list[dict]) -> pd.DataFrame: # rows: mode and reading
     table = pd.DataFrame([dict(zip(('track', 'mode', 'read by', 'n'), k)) | v for k, v in cells.items()])
     order = [c for c in (*CONDITIONS, 'none') if c in table]
     return table[['track', 'mode', 'read by', 'n', *order]].rename(columns={'none': 'no model'}).fillna('')
+
+# %% ../nbs/04_benchmark.ipynb #14283e3f
+def brief_table(records:list[dict]) -> pd.DataFrame: # a line a track and mode
+    "Only what counts: the headline of each track and mode, format errors, and the best rule beside them."
+    best = {}
+    for r in records:
+        if r['what']['mode'] == 'rules':
+            k = max((k for k in r['metrics'] if k not in ('chance', 'choices only')), key=lambda k: r['metrics'][k]['value'])
+            best[r['what']['track']] = f"{k} {r['metrics'][k]['value']:.2f}, chance {r['metrics']['chance']['value']:.2f}"
+    table = accuracy_table([r for r in records if r['what']['mode'] != 'rules'])
+    table = table[table['read by'].str.endswith('*') | (table['read by'] == 'format errors strict')].reset_index(drop=True)
+    table['read by'] = table['read by'].str.rstrip('*').replace('format errors strict', 'format errors')
+    return table.assign(**{'best rule': [best.get(t, '') if not r.startswith('format') else '' for t, r in zip(table.track, table['read by'])]})
 
 # %% ../nbs/04_benchmark.ipynb #5347ea34
 def comparisons(records:list[dict], # with their per-question files

@@ -160,15 +160,15 @@ def summary_figure(folder:Path # the run's folder
     fig.savefig(folder/'summary.png', dpi=110); plt.close('all')
     return folder/'summary.png'
 
-# %% ../nbs/06_cluster.ipynb #a95fdc33
+# %% ../nbs/06_cluster.ipynb #f3226996
 def show_results(folder:Path, console:Console):
     "Print the tables of a run and say where everything lies."
     from yothalia import benchmark, quantization
     bench, quant = (load_records(folder/'records', step=s) for s in ('benchmark', 'quantization'))
     if bench:
-        show_frame(benchmark.accuracy_table(bench), 'Which reply is the character\'s? Accuracy with 95% Wilson intervals', console)
+        show_frame(benchmark.brief_table(bench), 'Which reply is the character\'s? Accuracy with 95% Wilson intervals', console)
         pairs = benchmark.comparisons(bench)
-        if len(pairs): show_frame(pairs, 'What made the difference? The same questions, cloze by token', console)
+        if len(pairs): show_frame(pairs, 'What made the difference? The same questions, cloze', console)
     if quant: show_frame(quantization.precision_table(quant), 'What does each precision cost?', console)
     figure = summary_figure(folder)
     for what, where in (('executed notebooks', folder), ('records', folder/'records'), ('adapter', folder/'adapter'), ('plots', figure)):

@@ -168,7 +168,7 @@ def device_info() -> dict:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     return dict(device='cpu', name=_cpu_name(), memory_gb=round(psutil.virtual_memory().total/1e9, 1), count=cores)
 
-# %% ../nbs/00_core.ipynb #5a469ae2
+# %% ../nbs/00_core.ipynb #f8ebbe39
 def run_info(params:dict # every parameter of the run
             ) -> dict:
     "How a number came about: commit, time, device, library versions, parameters."
@@ -177,7 +177,7 @@ def run_info(params:dict # every parameter of the run
     for l in libs:
         try: versions[l] = importlib.metadata.version(l)
         except importlib.metadata.PackageNotFoundError: pass
-    return dict(commit=_git('rev-parse', 'HEAD'), dirty=bool(_git('status', '--porcelain', '--', 'nbs', 'yothalia')),
+    return dict(commit=_git('rev-parse', '--verify', '-q', 'HEAD'), dirty=bool(_git('status', '--porcelain', '--', 'nbs', 'yothalia')),
                 time=datetime.now(timezone.utc).isoformat(timespec='seconds'), **device_info(), versions=versions, params=dict(params))
 
 # %% ../nbs/00_core.ipynb #10b0f59b
