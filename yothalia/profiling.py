@@ -12,15 +12,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-# %% ../nbs/05_profiling.ipynb #6dfbf66e
+# %% ../nbs/05_profiling.ipynb #7db7d687
 import numpy as np, pandas as pd, psutil, torch
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.data import DataLoader
 from .core import *
 from .core import Config, Field
-from .benchmark import make_questions, score_cloze
+from .benchmark import make_questions, question_item
 from .data import data_hash, ensure_data, load_split
 from .lora import LoraConfig, ReplyTrainer, add_lora, collate, examples
+from .scoring import auto_budget, road_costs, score_items
 
 # %% ../nbs/05_profiling.ipynb #c776f884
 class ProfilingConfig(Config):
