@@ -77,14 +77,14 @@ def time_reply(model, tok, prompt:str, # rendered text
     first = clock.times[1]  # the first put is the prompt itself
     return first-start, (new_tokens-1)/(clock.times[-1]-first)
 
-# %% ../nbs/03_quantization.ipynb #8607a7d1
+# %% ../nbs/03_quantization.ipynb #da48dbdc
 def mean_metric(values, # one a prompt
                 unit:str) -> dict:
-    "The mean with its 95% interval by Student's t."
-    v = np.asarray(values, float)
-    if len(v) < 2 or np.ptp(v) == 0: return metric(float(v.mean()), unit, len(v))
-    low, high = stats.t.interval(.95, len(v)-1, v.mean(), stats.sem(v))
-    return metric(float(v.mean()), unit, len(v), float(low), float(high))
+    "The geometric mean with its 95% interval, by Student's t on the logarithms: times and rates are positive and skewed."
+    v = np.log(values)
+    if len(v) < 2 or np.ptp(v) == 0: return metric(float(np.exp(v.mean())), unit, len(v))
+    low, high = np.exp(stats.t.interval(.95, len(v)-1, v.mean(), stats.sem(v)))
+    return metric(float(np.exp(v.mean())), unit, len(v), float(low), float(high))
 
 # %% ../nbs/03_quantization.ipynb #b6a37d8e
 def measure(precision:str, # one of `PRECISIONS`
