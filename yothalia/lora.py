@@ -6,7 +6,7 @@
 __all__ = ['MIN_REPLY', 'CARD', 'LoraConfig', 'example', 'check_labels', 'examples', 'collate', 'row_losses', 'loss_metric',
            'reply_loss', 'add_lora', 'moved', 'SealCheckpoints', 'last_checkpoint', 'TrainError', 'Watch',
            'training_arguments', 'training_key', 'ReplyTrainer', 'fit', 'plot_curve', 'save_adapter', 'loss_table',
-           'before_after', 'merge', 'adapter_hash']
+           'before_after', 'merge', 'adapter_hash', 'training_speed']
 
 # %% ../nbs/02_lora.ipynb #6456a6e1
 import itertools, json, math, re, shutil, time
@@ -203,7 +203,7 @@ class ReplyTrainer(Trainer):
     def log(self, logs, *a, **kw):
         with quiet(): super().log(logs, *a, **kw)
 
-# %% ../nbs/02_lora.ipynb #b0af87f6
+# %% ../nbs/02_lora.ipynb #42b96acc
 def fit(cfg:LoraConfig # checked parameters
        ) -> tuple: # the trained PeftModel, the log (a list of dicts), and counts
     "Train an adapter, or take up a training that was interrupted; the best checkpoint's weights are loaded at the end."
@@ -219,18 +219,19 @@ def fit(cfg:LoraConfig # checked parameters
     trainer = ReplyTrainer(model, training_arguments(cfg, folder, len(sets['train'])), lambda items: collate(items, tok.pad_token_id),
                          sets['train'], sets['valid'], callbacks=[SealCheckpoints(), Watch()])
     trainer.remove_callback(next(c for c in trainer.callback_handler.callbacks if 'Printer' in type(c).__name__))
-    _run(trainer, folder)
+    counts['steps'] = dict(taken_up=_run(trainer, folder), done=trainer.state.global_step)
     model.config.use_cache = True
     return model.eval(), trainer.state.log_history, counts
 
-# %% ../nbs/02_lora.ipynb #7b535f41
-def _run(trainer, folder:Path):
+# %% ../nbs/02_lora.ipynb #37ddf461
+def _run(trainer, folder:Path) -> int: # the step that was taken up
     "Train from the newest whole checkpoint; a full disk is said in one sentence."
     last = last_checkpoint(folder)
     for p in folder.glob('checkpoint-*'):
         if not sealed(p): shutil.rmtree(p)
     try:
         with quiet(): trainer.train(resume_from_checkpoint=str(last) if last else None)
+        return int(last.name.split('-')[1]) if last else 0
     except TrainError: raise
     except Exception as e:
         full = ('No space left', 'File too large', 'unexpected pos', 'file write failed', 'os error 28', 'os error 27')
@@ -332,3 +333,10 @@ def merge(cfg_model:str, # the base model, as given to `load_model`
 def adapter_hash(adapter:str|Path) -> str:
     "A hash of an adapter's weights; empty without one."
     return content_hash(rooted(adapter)/'adapter_model.safetensors') if adapter else ''
+
+# %% ../nbs/02_lora.ipynb #0847f3bc
+def training_speed(log:list[dict], counts:dict, epochs:float) -> dict[str,dict]: # metrics
+    "Time and tokens a second of the steps that this process took; nothing where all were taken up from a checkpoint."
+    seconds = next((l['train_runtime'] for l in reversed(log) if 'train_runtime' in l), 0.)
+    share = 1 - counts['steps']['taken_up']/max(counts['steps']['done'], 1)
+    return {'training time': metric(seconds, 's'), 'throughput with evaluation': metric(counts['train']['tokens']*epochs*share/seconds, 'tokens/s')} if share and seconds else {}
