@@ -174,7 +174,7 @@ def show_results(folder:Path, console:Console):
     for what, where in (('executed notebooks', folder), ('records', folder/'records'), ('adapter', folder/'adapter'), ('plots', figure)):
         console.print(f'{what:20s}{tidy(where)}', highlight=False, soft_wrap=True)
 
-# %% ../nbs/06_cluster.ipynb #96e3c40d
+# %% ../nbs/06_cluster.ipynb #cc273e51
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help='Role-play language models that are measured, not guessed.')
 
 @app.callback()
@@ -187,7 +187,7 @@ def run(recipe: Annotated[Path, typer.Argument(help='YAML file with parameters')
         steps: Annotated[str, typer.Option(help='only these steps, e.g. 01_data,04_benchmark')] = '',
         again: Annotated[bool, typer.Option('--again', help='do finished steps again')] = False):
     "Run the road: data, LoRA, quantization, benchmark, profiling; then show the results."
-    console, folder = Console(), rooted('_runs')/name
+    console, folder = Console(force_jupyter=False), rooted('_runs')/name
     try:
         some = [s.strip() for s in steps.split(',')] if steps else list(STEPS)
         if bad := [s for s in some if s not in STEPS]: raise RunError(f'no step {bad[0]!r}: known are {", ".join(STEPS)}')
@@ -201,10 +201,10 @@ def run(recipe: Annotated[Path, typer.Argument(help='YAML file with parameters')
     except (RunError, ConfigError, ValueError) as e:
         console.print(f'[bold red]Stopped:[/] ', end=''); console.print(str(e), markup=False, highlight=False, soft_wrap=True); raise typer.Exit(1)
 
-# %% ../nbs/06_cluster.ipynb #63f04468
+# %% ../nbs/06_cluster.ipynb #a51081ce
 @app.command()
 def results(name: Annotated[str, typer.Argument(help='a run in _runs, or a folder with records')] = 'default'):
     "Show the tables and the figure of a run again."
     folder = rooted('_runs')/name if (rooted('_runs')/name).is_dir() else rooted(name)
-    if not (folder/'records').is_dir(): Console().print(f'There are no records in {tidy(folder)}: run `yothalia run --name {name}` first.'); raise typer.Exit(1)
-    show_results(folder, Console())
+    if not (folder/'records').is_dir(): Console(force_jupyter=False).print(f'There are no records in {tidy(folder)}: run `yothalia run --name {name}` first.'); raise typer.Exit(1)
+    show_results(folder, Console(force_jupyter=False))
