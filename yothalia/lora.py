@@ -14,13 +14,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Literal
 
-# %% ../nbs/02_lora.ipynb #aae42d3a
+# %% ../nbs/02_lora.ipynb #b35c9ae1
+from .core import * # before peft, which would have bitsandbytes complain
+from .core import Config, Field
 import numpy as np, torch
 from datasets import Dataset
 from peft import LoraConfig as PeftLoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from .core import *
-from .core import Config, Field
 from .data import DataError, data_hash, encode, ensure_data, load_split, render
 
 # %% ../nbs/02_lora.ipynb #91f8819d
