@@ -30,7 +30,7 @@ notebooks: setup      ## run all notebooks and keep their outputs
 	$(MAKE) readme
 
 readme: setup         ## README.md from nbs/index.ipynb
-	$(BIN)/jupyter nbconvert --to markdown --output-dir . --output README --RegexRemovePreprocessor.patterns='^#\| (hide|default)' nbs/index.ipynb
+	$(BIN)/jupyter nbconvert --to markdown --no-input --output-dir . --output README --RegexRemovePreprocessor.patterns='^#\| (hide|default)' nbs/index.ipynb
 
 clean:
 	rm -rf _runs _docs _proc _site build dist *.egg-info
