@@ -7,7 +7,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 RUN = ROOT/'_runs'
-TINY = ['-p', 'train_rows=8', '-p', '02_lora.valid_rows=3', '-p', 'max_tokens=256', '-p', 'batch=2', '-p', 'evals=4', '-p', 'questions=3',
+TINY = ['-p', 'train_rows=8', '-p', '02_lora.valid_rows=3', '-p', 'max_tokens=512', '-p', 'batch=2', '-p', 'evals=4', '-p', 'questions=3',
         '-p', 'generate_questions=1', '-p', 'precisions=[bf16, nf4]']
 
 
@@ -56,7 +56,7 @@ import resource, signal
 from yothalia.data import DataConfig, prepare
 from yothalia.lora import LoraConfig, TrainError, fit, last_checkpoint, SealCheckpoints, training_key
 from yothalia.core import *
-cfg = LoraConfig(out="_runs/{name}", train_rows=6, valid_rows=2, batch=2, evals=3, max_tokens=200)
+cfg = LoraConfig(out="_runs/{name}", train_rows=6, valid_rows=2, batch=2, evals=3, max_tokens=512)
 prepare(DataConfig(out=cfg.out))
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 whole = SealCheckpoints.on_save
