@@ -27,7 +27,8 @@ def python(code, timeout=300, **kw):
 def test_interrupted_run_goes_on(name):
     "Ctrl-C in the middle of the training; the same command goes on and repeats nothing that was done."
     cmd = [str(BIN/'yothalia'), 'run', '--name', name, '--steps', '01_data,02_lora', *TINY]
-    p = subprocess.Popen(cmd, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    p = subprocess.Popen(cmd, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell's background job ignores Ctrl-C, and hands that down
     deadline = time.time() + 240
     while not list((RUN/name/'checkpoints').glob('*/checkpoint-*/seal.json')):
         assert p.poll() is None and time.time() < deadline, p.stdout.read()
