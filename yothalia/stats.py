@@ -15,13 +15,13 @@ import textwrap
 from pathlib import Path
 from typing import Literal
 
-# %% ../nbs/04c_stats.ipynb #7db2c840
+# %% ../nbs/04c_stats.ipynb #c744aba7
 import numpy as np, pandas as pd
 from scipy import optimize, stats
 from statsmodels.stats.multitest import multipletests
 from .core import *
 from .core import Config, Field
-from .benchmark import CONDITIONS, READINGS, accuracy, mcnemar, right
+from .benchmark import CONDITIONS, READINGS, accuracy, headline_of, mcnemar, right
 
 # %% ../nbs/04c_stats.ipynb #ff5103d0
 class StatsConfig(Config):
@@ -85,7 +85,7 @@ def one_each(records:list[dict], # that shall be compared
     order = [c for c in CONDITIONS if c in out] if along == 'condition' else sorted(out, key=lambda v: (str(type(v)), v))
     return {k: out[k] for k in order} | out
 
-# %% ../nbs/04c_stats.ipynb #50bb9902
+# %% ../nbs/04c_stats.ipynb #ddf619ae
 def _read(file:Path, by:str # a per-question file, the score that decides
          ) -> pd.DataFrame: # id, cluster, lang, answer, picked, right
     "A per-question file as a table; a `StatsError` if it lacks the score or has a question twice."
@@ -101,13 +101,13 @@ def _read(file:Path, by:str # a per-question file, the score that decides
 
 def answers(source:str|Path|list[dict], # a folder or records
             mode:str='cloze', # cloze, letter or generate
-            by:str='', # the score that decides; empty for the mode's headline
+            by:str='', # the score that decides; empty for the headline that the record names
             along:str='condition', # the setting that is compared
             **what # other settings, where the folder holds several
            ) -> pd.DataFrame: # `along`, id, cluster, lang, answer, picked, right
     "All answers of the records that differ along one setting, a line a question and value."
     kept = one_each(benchmark_records(source, mode=mode, **what), along)
-    return pd.concat([_read(r['path'].parent/r['questions'], by or READINGS[mode]).assign(**{along: v}) for v, r in kept.items()], ignore_index=True)
+    return pd.concat([_read(r['path'].parent/r['questions'], by or headline_of(r)).assign(**{along: v}) for v, r in kept.items()], ignore_index=True)
 
 # %% ../nbs/04c_stats.ipynb #67f02d04
 def paired(table:pd.DataFrame, # from `answers`
@@ -319,7 +319,7 @@ def baselines_of(source:str|Path|list[dict], # a folder or records
     except StatsError: return {}
     return {name: m['value'] for r in rules for name, m in r['metrics'].items() if m['unit'] == 'accuracy'}
 
-# %% ../nbs/04c_stats.ipynb #5e18432f
+# %% ../nbs/04c_stats.ipynb #16ad4b86
 def plot_forest(source:str|Path|list[dict], # a folder or records
                 mode:str='cloze', by:str='', along:str='condition', # as in `answers`
                 ax=None, draws:int=10_000, seed:int=0, **what):
@@ -335,7 +335,7 @@ def plot_forest(source:str|Path|list[dict], # a folder or records
         ax.plot(r['accuracy'], y, 'o', color=color)
         ax.annotate(f"{r['accuracy']:.2f}", (r['accuracy'], y), (0, 7), textcoords='offset points', ha='center', fontsize=8)
     ax.set_yticks(range(len(t)), t[along].astype(str))
-    ax.set(ylim=(len(t)-.5, -.7), xlim=(0, 1), xlabel=f'accuracy, {mode} by {by or READINGS[mode]}, {t.n.iloc[0]} questions, {t.clusters.iloc[0]} characters')
+    ax.set(ylim=(len(t)-.5, -.7), xlim=(0, 1), xlabel=f'accuracy, {mode} by {by or headline_of(like)}, {t.n.iloc[0]} questions, {t.clusters.iloc[0]} characters')
     if ax.get_legend_handles_labels()[0]: ax.legend(fontsize=8, frameon=False, loc='upper left', bbox_to_anchor=(1, 1))
     return ax
 
