@@ -115,11 +115,11 @@ def score_cloze(model, tok, qs, persona:bool, path:Path, key:str, max_reply:int=
         for k, s in score_items(model, items, budget, done): yield k, normalised(qs[k], items[k], s, priors)
     return score
 
-# %% ../nbs/04_benchmark.ipynb #d26e27fe
+# %% ../nbs/04_benchmark.ipynb #0ddb2f6c
 def original_prompt(q:dict, persona:bool=True) -> str:
     "The question as the original study put it: numbered from No.0."
     lines = ['Please select the best response with the given instruction and input. Return with its No. number of response.']
-    if persona: lines.append(f"Instruction: {q['instruction']}.")
+    if persona and q['instruction']: lines.append(f"Instruction: {q['instruction']}.")
     lines += [f"Input: {q['user']}.", 'Response:'] + [f'No.{i}: {c}' for i, c in enumerate(q['choices'])]
     return '\n'.join(lines) + '\n'
 
