@@ -15,13 +15,13 @@ import textwrap
 from pathlib import Path
 from typing import Literal
 
-# %% ../nbs/04c_stats.ipynb #c744aba7
+# %% ../nbs/04c_stats.ipynb #78e09896
 import numpy as np, pandas as pd
 from scipy import optimize, stats
 from statsmodels.stats.multitest import multipletests
 from .core import *
 from .core import Config, Field
-from .benchmark import CONDITIONS, READINGS, accuracy, headline_of, mcnemar, right
+from .benchmark import CONDITIONS, accuracy, headline_of, mcnemar, right
 
 # %% ../nbs/04c_stats.ipynb #ff5103d0
 class StatsConfig(Config):
