@@ -305,7 +305,7 @@ def accuracy_table(records:list[dict]) -> pd.DataFrame: # rows: mode and reading
 
 # %% ../nbs/04_benchmark.ipynb #14283e3f
 def brief_table(records:list[dict]) -> pd.DataFrame: # a line a track and mode
-    "Only what counts: the headline of each track and mode, format errors, and the best rule beside them."
+    "Only what counts: the headline of each track and mode, format errors, and the best rule beside the mode that asks the same questions."
     best = {}
     for r in records:
         if r['what']['mode'] == 'rules':
@@ -314,7 +314,7 @@ def brief_table(records:list[dict]) -> pd.DataFrame: # a line a track and mode
     table = accuracy_table([r for r in records if r['what']['mode'] != 'rules'])
     table = table[table['read by'].str.endswith('*') | (table['read by'] == 'format errors strict')].reset_index(drop=True)
     table['read by'] = table['read by'].str.rstrip('*').replace('format errors strict', 'format errors')
-    return table.assign(**{'best rule': [best.get(t, '') if not r.startswith('format') else '' for t, r in zip(table.track, table['read by'])]})
+    return table.assign(**{'best rule': [best.get(t, '') if m == 'cloze' else '' for t, m in zip(table.track, table['mode'])]})
 
 # %% ../nbs/04_benchmark.ipynb #5347ea34
 def comparisons(records:list[dict], # with their per-question files
