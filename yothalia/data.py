@@ -23,6 +23,7 @@ from datasets import Dataset
 from datasketch import MinHash, MinHashLSH
 from .core import *
 from .core import Config, Field
+from .models import *
 
 # %% ../nbs/01_data.ipynb #ef382855
 class DataConfig(Config):

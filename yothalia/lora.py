@@ -6,7 +6,7 @@
 __all__ = ['MIN_REPLY', 'CARD', 'LoraConfig', 'example', 'check_labels', 'examples', 'collate', 'row_losses', 'loss_metric',
            'reply_loss', 'add_lora', 'moved', 'SealCheckpoints', 'last_checkpoint', 'TrainError', 'Watch',
            'training_arguments', 'training_key', 'ReplyTrainer', 'fit', 'plot_curve', 'save_adapter', 'loss_table',
-           'before_after', 'merge', 'adapter_hash', 'training_speed']
+           'before_after', 'merge', 'training_speed']
 
 # %% ../nbs/02_lora.ipynb #6456a6e1
 import itertools, json, math, re, shutil, time
@@ -17,6 +17,7 @@ from typing import Literal
 # %% ../nbs/02_lora.ipynb #b35c9ae1
 from .core import * # before peft, which would have bitsandbytes complain
 from .core import Config, Field
+from .models import *
 import numpy as np, torch
 from datasets import Dataset
 from peft import LoraConfig as PeftLoraConfig, get_peft_model
@@ -28,7 +29,7 @@ class LoraConfig(Config):
     "Parameters of this room."
     out: str = '_runs/demo'
     model: str = 'smollm2-135m'
-    precision: Literal['fp32', 'bf16', 'int8', 'nf8', 'nf4', 'nf4-dq', 'fp4'] = 'bf16'
+    precision: PrecisionName = 'bf16'
     train_rows: int = Field(16, ge=0)
     valid_rows: int = Field(6, ge=0)
     epochs: float = Field(1.0, gt=0, le=100)
@@ -284,11 +285,11 @@ def save_adapter(model, # a trained PeftModel
     "Save the adapter with its card as `out`/adapter, whole or not at all."
     rows = load_split(cfg.out, 'train')
     names = [n for n, _ in Counter(rows['character']).most_common()]
-    for c in model.peft_config.values(): c.base_model_name_or_path = ALIASES.get(cfg.model, tidy(cfg.model))
+    for c in model.peft_config.values(): c.base_model_name_or_path = model_name(cfg.model)
     with atomic(rooted(cfg.out)/'adapter') as new, quiet():
         model.save_pretrained(new)
         (new/'README.md').write_text(CARD.format(
-            base=ALIASES.get(cfg.model, tidy(cfg.model)), languages=', '.join(sorted(set(rows['lang']))), rows=counts['train']['rows'], targets=counts['train']['targets'],
+            base=model_name(cfg.model), languages=', '.join(sorted(set(rows['lang']))), rows=counts['train']['rows'], targets=counts['train']['targets'],
             characters=names[0] if len(names) == 1 else f'{len(names)} characters', data=', '.join(sorted(set(rows['source']))),
             names=', '.join(names[:12]) + (' …' if len(names) > 12 else ''), before=before['value'], after=after['value'],
             params=', '.join(f'{k} {v}' for k, v in cfg.model_dump(exclude={'out'}).items())), encoding='utf-8')
@@ -328,11 +329,6 @@ def merge(cfg_model:str, # the base model, as given to `load_model`
         model.save_pretrained(new); load_tokenizer(cfg_model).save_pretrained(new)
         seal(new)
     return rooted(folder)
-
-# %% ../nbs/02_lora.ipynb #a2913ebd
-def adapter_hash(adapter:str|Path) -> str:
-    "A hash of an adapter's weights; empty without one."
-    return content_hash(rooted(adapter)/'adapter_model.safetensors') if adapter else ''
 
 # %% ../nbs/02_lora.ipynb #0847f3bc
 def training_speed(log:list[dict], counts:dict, epochs:float) -> dict[str,dict]: # metrics

@@ -7,7 +7,7 @@ __all__ = ['ProfilingConfig', 'matmul_rate', 'matmul_parameters', 'peak_memory',
            'share_of_limit', 'plot_phases', 'plot_operators', 'plot_profile']
 
 # %% ../nbs/05_profiling.ipynb #f970cf16
-import gc, gzip, json, threading, time
+import gc, gzip, json, os, threading, time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -18,17 +18,20 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.data import DataLoader
 from .core import *
 from .core import Config, Field
+from .models import *
 from .benchmark import make_questions, question_item
 from .data import data_hash, ensure_data, load_split
 from .lora import LoraConfig, ReplyTrainer, add_lora, collate, examples
 from .scoring import auto_budget, road_costs, score_items
+
+os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # torch's profiler writes its stages to stderr
 
 # %% ../nbs/05_profiling.ipynb #c776f884
 class ProfilingConfig(Config):
     "Parameters of this room."
     out: str = '_runs/demo'
     model: str = 'smollm2-135m'
-    precision: Literal['fp32', 'bf16', 'int8', 'nf8', 'nf4', 'nf4-dq', 'fp4'] = 'bf16'
+    precision: PrecisionName = 'bf16'
     rows: int = Field(2, ge=1)
     micro_batch: int = Field(1, ge=1)
     rank: int = Field(16, ge=1)

@@ -22,6 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .core import *
 from .core import Config, Field
+from .models import *
 
 # %% ../nbs/04b_scoring.ipynb #68cfab20
 @dataclass
