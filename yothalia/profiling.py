@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['ProfilingConfig', 'matmul_rate', 'matmul_parameters', 'peak_memory', 'train_iteration', 'profiled', 'operator_table',
-           'share_of_limit', 'plot_phases', 'plot_operators', 'plot_profile']
+           'share_of_limit', 'plot_phases', 'operator_kind', 'plot_operators', 'plot_profile']
 
 # %% ../nbs/05_profiling.ipynb #f970cf16
 import gc, gzip, json, os, threading, time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
 
 # %% ../nbs/05_profiling.ipynb #7db7d687
 import numpy as np, pandas as pd, psutil, torch
@@ -19,9 +18,11 @@ from torch.utils.data import DataLoader
 from .core import *
 from .core import Config, Field
 from .models import *
-from .benchmark import make_questions, question_item
-from .data import data_hash, ensure_data, load_split
-from .lora import LoraConfig, ReplyTrainer, add_lora, collate, examples
+from .questions import make_questions
+from .benchmark import question_item
+from .rows import DataError
+from .data import data_hash, ensure_data, lesson_rows, load_split
+from .lora import LoraConfig, ReplyTrainer, add_lora, collate, examples, token_budget
 from .scoring import auto_budget, road_costs, score_items
 
 os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # torch's profiler writes its stages to stderr
@@ -32,10 +33,10 @@ class ProfilingConfig(Config):
     out: str = '_runs/demo'
     model: str = 'smollm2-135m'
     precision: PrecisionName = 'bf16'
-    rows: int = Field(2, ge=1)
+    iteration_rows: int = Field(2, ge=1)
     micro_batch: int = Field(1, ge=1)
     rank: int = Field(16, ge=1)
-    max_tokens: int = Field(512, ge=16)
+    max_tokens: int = Field(1024, ge=16)
     matmul_size: int = Field(1024, ge=64, le=32768)
     seed: int = Field(0, ge=0, lt=2**32)
 
@@ -127,22 +128,33 @@ def share_of_limit(tokens:int, seconds:float, flop_per_token:float, rate:float #
 # %% ../nbs/05_profiling.ipynb #a85d4ee9
 def plot_phases(record:dict, # of this step
                 ax):
-    "The phases of the training iteration, one after the other."
-    left, m = 0, record['metrics']
-    for name in ('loader', 'forward', 'backward', 'optimizer'):
-        v = m[f'train {name}']['value']
-        ax.barh(['training\niteration'], [v], left=left, label=name); left += v
-    ax.set(xlabel='seconds', title=f"Training: {m['train share of matmul rate']['value']:.0%} of the matmul rate"); ax.legend(ncols=2, fontsize=8)
+    "The share of each phase in the training iteration, as one bar with its labels on it."
+    left, m = 0, {k: record['metrics'][f'train {k}']['value'] for k in ('loader', 'forward', 'backward', 'optimizer')}
+    for (name, v), colour in zip(m.items(), ('#949494', '#56b4e9', '#0173b2', '#de8f05')):
+        share = v/sum(m.values())
+        ax.barh([0], [share], left=left, color=colour, height=.5)
+        if share > .08: ax.text(left+share/2, 0, f'{name}\n{share:.0%}', ha='center', va='center', color='white', fontsize=8)
+        left += share
+    reached = record['metrics']['train share of matmul rate']['value']
+    ax.set(xlim=(0, 1), yticks=[], xticks=[], title=f'Training iteration: {sum(m.values()):.1f} s, {reached:.0%} of the matmul rate')
+
+_KINDS = {'attention': ('scaled_dot_product', '_flash', 'efficient_attention', 'sdpa'), 'matrix products': ('aten::mm', 'aten::addmm', 'aten::bmm', 'aten::matmul', 'linear', 'gemm', 'xmma'),
+          'copies and casts': ('copy', 'clone', 'aten::cat', '_to_copy'), 'softmax and loss': ('softmax', 'nll', 'logsumexp', 'cross_entropy')}
+
+def operator_kind(name:str) -> str:
+    "The kind of work that an operator does: attention (forward or backward), matrix products, copies, loss, element-wise."
+    kind = next((k for k, parts in _KINDS.items() if any(p in name for p in parts)), 'element-wise and other')
+    return f"{kind}, {'backward' if 'backward' in name else 'forward'}" if kind == 'attention' else kind
 
 def plot_operators(record:dict, ax):
-    "The operators with the largest share of the time of both iterations."
-    ops = pd.DataFrame(record['what']['operators']).assign(operator=lambda d: d.operator.str.removeprefix('aten::').str.slice(0, 34))
-    wide = ops.pivot_table(index='operator', columns='iteration', values='share', aggfunc='sum').fillna(0).sort_values('train').tail(9)
-    wide.plot.barh(ax=ax); ax.set(xlabel='share of self time', ylabel='', title='Where the time goes')
+    "The share of each kind of operator in the time of both iterations."
+    ops = pd.DataFrame(record['what']['operators']).assign(kind=lambda d: d.operator.map(operator_kind))
+    wide = ops.pivot_table(index='kind', columns='iteration', values='share', aggfunc='sum').fillna(0).sort_values('train')
+    wide.plot.barh(ax=ax, color=['#949494', '#0173b2']); ax.set(xlabel='share of the operators\' time', ylabel='', title='Where the time goes')
 
 def plot_profile(record:dict):
     "Phases and operators, side by side."
     import matplotlib.pyplot as plt
-    axes = plt.subplots(1, 2, figsize=(11, 3.2), layout='constrained', width_ratios=[1, 1.6])[1]
+    axes = plt.subplots(1, 2, figsize=(11, 2.8), layout='constrained', width_ratios=[1, 1.2])[1]
     plot_phases(record, axes[0]); plot_operators(record, axes[1])
     return axes

@@ -21,7 +21,8 @@ from scipy import optimize, stats
 from statsmodels.stats.multitest import multipletests
 from .core import *
 from .core import Config, Field
-from .benchmark import CONDITIONS, accuracy, headline_of, mcnemar, right
+from .prompts import CONDITIONS
+from .benchmark import accuracy, headline_of, mcnemar, right
 
 # %% ../nbs/04c_stats.ipynb #ff5103d0
 class StatsConfig(Config):
