@@ -4,15 +4,20 @@ VENV   ?= .venv
 BIN     = $(VENV)/bin
 SHELL   = /bin/bash
 
-.PHONY: run test setup lab notebooks readme docs clean
+.PHONY: run test setup lab export notebooks readme clean
 
 run: setup            ## the whole road with the default model on the shipped sample
 	$(BIN)/yothalia run
 
-test: setup           ## everything: modules in sync, all notebooks, the tests that need processes
+test: setup           ## everything; with NB=02_lora only that room
+ifdef NB
+	$(BIN)/python -m pytest -q tests/test_frame.py -k "sync or clean or defaults or $(NB)"
+	$(BIN)/nbdev_test --path nbs/$(NB).ipynb --n_workers 1 --do_print
+else
 	$(BIN)/python -m pytest -q tests/test_frame.py
 	$(BIN)/nbdev_test --n_workers 1 --do_print
 	$(BIN)/python -m pytest -q tests --ignore tests/test_frame.py
+endif
 
 setup: $(VENV)/installed
 $(VENV)/installed: constraints.txt settings.ini setup.py
@@ -24,7 +29,11 @@ $(VENV)/installed: constraints.txt settings.ini setup.py
 lab: setup            ## JupyterLab with this environment's kernel
 	$(BIN)/jupyter lab --notebook-dir=.
 
+export: setup         ## write the modules from the notebooks, clean the notebooks' metadata
+	$(BIN)/nbdev_clean && $(BIN)/nbdev_export
+
 notebooks: setup      ## run all notebooks and keep their outputs
+	rm -rf _runs/demo
 	cd nbs && for n in 0*.ipynb index.ipynb; do YOTHALIA_PROGRESS=off PYTHONWARNINGS=ignore ../$(BIN)/jupyter nbconvert --to notebook --execute --inplace $$n || exit 1; done
 	$(BIN)/nbdev_clean && $(BIN)/nbdev_export
 	$(MAKE) readme

@@ -1,5 +1,5 @@
 """Notebooks and modules agree, notebooks are clean, and importing is quick."""
-import json, re, shutil, subprocess, sys
+import importlib, json, re, shutil, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -51,6 +51,23 @@ def test_anatomy(path):
         assert '"name": "stderr"' not in out, f'a saved output holds stderr: {source(c)[:60]}'
         assert not re.search(r'"[^"]*(/root/|/home/|/work/|/tmp/)', out), f'a saved output shows a path of a machine: {source(c)[:60]}'
     assert any(c.get('outputs') for c in cs if c['cell_type'] == 'code') or path.name == 'index.ipynb', 'no saved outputs'
+
+
+@pytest.mark.parametrize('path', [p for p in NOTEBOOKS if p.name[:2].isdigit()], ids=lambda p: p.name)
+def test_defaults(path):
+    "The parameters cell and the room's configuration say the same: names, defaults, and a type for papermill's help."
+    from yothalia.cluster import notebook_parameters
+    names = notebook_parameters(path)
+    cell = next(c for c in cells(path) if 'parameters' in c['metadata'].get('tags', []))
+    assert all(re.match(r'\w+: \w+ = .+# ', l) for l in source(cell).splitlines()), 'a parameter needs a type and a comment'
+    text = '\n'.join(map(source, cells(path)))
+    config = re.search(r'configure\((\w+Config), (?:globals\(\)|given)\)', text)
+    if config is None: return  # 06_cluster only names a run
+    room = re.search(r'default_exp (\w+)', text)[1]
+    module = importlib.import_module(f'yothalia.{room}')
+    if not hasattr(module, config[1]): return  # a room of lessons keeps its configuration to itself
+    fields = {k: v.get_default(call_default_factory=True) for k, v in getattr(module, config[1]).model_fields.items()}
+    assert names == fields, {k: (names.get(k), fields.get(k)) for k in names.keys() | fields.keys() if names.get(k) != fields.get(k)}
 
 
 def test_import_is_quick_and_needs_no_torch():

@@ -36,12 +36,12 @@ class BenchmarkConfig(Config):
     precision: PrecisionName = 'bf16'
     adapter: str = 'auto'
     tracks: list[TrackName] = Field(['speaker', 'random', 'hard'], min_length=1)
-    questions: int = Field(6, ge=0)
+    questions: int = Field(4, ge=0)
     options: int = Field(5, ge=3, le=10)
     modes: list[Literal['cloze', 'letter', 'generate']] = Field(['cloze', 'letter', 'generate'], min_length=1)
     mode_tracks: list[TrackName] = ['random']
-    letter_questions: int = Field(2, ge=0)
-    generate_questions: int = Field(2, ge=0)
+    letter_questions: int = Field(1, ge=0)
+    generate_questions: int = Field(1, ge=0)
     dev_questions: int = Field(0, ge=0)
     temperature: float = Field(0.0, ge=0, le=2)
     budget: int = Field(0, ge=0)
@@ -49,7 +49,7 @@ class BenchmarkConfig(Config):
     max_context: int = Field(2048, ge=64)
     seed: int = Field(0, ge=0, lt=2**32)
 
-# %% ../nbs/04_benchmark.ipynb #1ff7ee96
+# %% ../nbs/04_benchmark.ipynb #bf292aa2
 def conditions(qs:list[dict], # questions of one track
                adapter:bool) -> list[str]: # keys of `CONDITIONS`
     "In which conditions these questions can be asked."
@@ -109,7 +109,7 @@ def prior_scores(model, tok, replies:list[str], path:Path, key:str, max_reply:in
     lines = write_lines(path, key, [content_hash(g) for g in groups], score, 'replies alone')
     return {r: s for g, o in zip(groups, lines) for r, s in zip(g, o['nats'])}
 
-# %% ../nbs/04_benchmark.ipynb #13e73d2c
+# %% ../nbs/04_benchmark.ipynb #30245dcc
 def by_question(model, items:list[list[Item]], # the items of each question
                 budget:int, done=frozenset() # numbers of questions that need no score
                ): # yields (number of the question, the scores of its items)
@@ -356,7 +356,7 @@ def _rules_of(got:dict, track:str) -> list[tuple[float, str, str]]: # value, mar
     "The best rule and chance of a track."
     m = got.get((track, 'rules'), {}).get('none', dict(metrics={}))['metrics']
     rules = {k: v['value'] for k, v in m.items() if k not in ('chance', 'choices only')}
-    return ([(max(rules.values()), 'D', 'best rule without a model')] if rules else []) + ([(m['chance']['value'], '|', 'chance')] if 'chance' in m else [])
+    return ([(max(rules.values()), 'D', 'best rule')] if rules else []) + ([(m['chance']['value'], '|', 'chance')] if 'chance' in m else [])
 
 def plot_accuracy(records:list[dict], ax=None):
     "Accuracy by the headline in each track and mode with Wilson intervals; the best rule and chance."
@@ -364,16 +364,18 @@ def plot_accuracy(records:list[dict], ax=None):
     got = defaultdict(dict)
     for r in records: got[r['what']['track'], r['what']['mode']][r['what']['condition']] = r
     rows = sorted((m for m in got if m[1] in READINGS), key=lambda m: (list(TRACKS).index(m[0]), list(READINGS).index(m[1])))[::-1]
-    ax = ax or plt.subplots(figsize=(8, .7*len(rows)+1.2), layout='constrained')[1]
-    for y, (track, mode) in enumerate(rows):
-        for j, c in enumerate(CONDITIONS):
-            if c not in got[track, mode]: continue
-            m = next(iter(got[track, mode][c]['metrics'].values())); at = y + .27 - .18*j
-            ax.plot(m['interval'], [at]*2, color=COLOURS[c], lw=2, solid_capstyle='round'); ax.plot(m['value'], at, 'o', color=COLOURS[c], label=c)
-        for x, marker, label in _rules_of(got, track) if mode == 'cloze' else []: ax.plot(x, y, marker, color='gray', ms=9 if marker == '|' else 5, label=label)
+    ax = ax or plt.subplots(figsize=(8, .8*len(rows)+1), layout='constrained')[1]
+    for y, at in enumerate(rows):
+        there = [c for c in CONDITIONS if c in got[at]]
+        for j, c in enumerate(there):
+            m, h = next(iter(got[at][c]['metrics'].values())), y + .32 - .64*(j+.5)/len(there)
+            ax.plot(m['interval'], [h]*2, color=COLOURS[c], lw=2, solid_capstyle='round'); ax.plot(m['value'], h, 'o', color=COLOURS[c])
+            ax.annotate(c, (m['interval'][1], h), xytext=(5, 0), textcoords='offset points', va='center', fontsize=8, color=COLOURS[c])
+        for x, marker, label in _rules_of(got, at[0]) if at[1] == 'cloze' else []:
+            ax.plot(x, y-.4, marker, color='gray', ms=9 if marker == '|' else 5)
+            ax.annotate(label, (x, y-.4), xytext=(5, 0), textcoords='offset points', va='center', fontsize=7, color='gray')
     n = {m: next(iter(next(iter(got[m].values()))['metrics'].values()))['n'] for m in rows}
-    ax.set_yticks(range(len(rows)), [f'{t}, {m} (n={n[t, m]:,})' for t, m in rows])
-    ax.set(xlim=(-.02, 1.02), ylim=(-.6, len(rows)-.4), xlabel='accuracy, with 95% intervals', title='Who is speaking? Which reply is the character\'s?')
-    known = dict(zip(*reversed(ax.get_legend_handles_labels()))); ax.legend(known.values(), known, ncols=3, fontsize=8, loc='upper center', bbox_to_anchor=(.5, -.22 if len(rows) > 2 else -.4))
-    ax.grid(axis='x', alpha=.25)
+    ax.set_yticks(range(len(rows)), [f'{t}, {m}\n(n={n[t, m]:,})' for t, m in rows])
+    ax.set(xlim=(-.02, 1.12), ylim=(-.6, len(rows)-.4), xlabel='accuracy, with 95% intervals', title='Who is speaking? Which reply is the character\'s?')
+    ax.set_xticks(np.arange(0, 1.01, .2)); ax.grid(axis='x', alpha=.25)
     return ax

@@ -55,7 +55,7 @@ def plan(recipe:dict, # from the YAML file
     _check_names(flat, own, known)
     return {s: {k: v for k, v in (flat | own[s]).items() if k in known[s]} for s in steps}
 
-# %% ../nbs/06_cluster.ipynb #244c4d23
+# %% ../nbs/06_cluster.ipynb #7a4ceb08
 def _value(text:str, defaults:list, given:str):
     "A value from the command line: text where the notebook has text, else read as YAML."
     if any(isinstance(d, str) for d in defaults): return text
@@ -71,7 +71,7 @@ def _check_names(flat:dict, own:dict, known:dict):
         def near(k, names): return next(iter(nearest(k.rpartition('.')[2], names)), None)
         raise RunError('; '.join(f'unknown parameter {k!r}' + (f': did you mean {n!r}?' if (n := near(k, names)) else f': known are {", ".join(names)}') for k, names in wrong))
 
-# %% ../nbs/06_cluster.ipynb #8500b189
+# %% ../nbs/06_cluster.ipynb #b89ef5d8
 MIN_DISK = 2e9  # bytes that a run with the default model writes at most
 
 def look_first(planned:dict[str,dict]):
@@ -170,7 +170,7 @@ def run_all(planned:dict[str,dict], folder:Path, # step → parameters; the run'
         with atomic(done_mark(folder, step)) as f: f.write_text(json.dumps(dict(key=keys[step], records=sorted(made), seconds=round(time.time()-start, 1)), indent=1))
         console.print(f'{head}  {time.time()-start:.0f} s')
 
-# %% ../nbs/06_cluster.ipynb #cba0f4af
+# %% ../nbs/06_cluster.ipynb #3de929dd
 def _percent(m) -> str:
     "A share as a person says it, with its interval."
     between = f" [{m['interval'][0]:.0%}, {m['interval'][1]:.0%}]" if m['interval'] else ''
@@ -195,7 +195,7 @@ def _speaker_lines(bench:list[dict]) -> list[str]:
                    + ('an effect.' if sure else f'not established; {seen*100:.0f} points would have been found in 80 of 100 such runs.'))
     return out
 
-# %% ../nbs/06_cluster.ipynb #8928fb1a
+# %% ../nbs/06_cluster.ipynb #2dcb74d1
 def _loss_line(lora:list[dict]) -> list[str]:
     "What persona and adapter do to the likelihood of held-out replies."
     m, said = lora[0]['metrics'] if lora else {}, []
@@ -307,7 +307,7 @@ def run(recipe: Annotated[Path, typer.Argument(help='YAML file with parameters')
     except (RunError, ModelError, ValueError) as e:
         console.print(f'[bold red]Stopped:[/] ', end=''); console.print(str(e), markup=False, highlight=False, soft_wrap=True); raise typer.Exit(1)
 
-# %% ../nbs/06_cluster.ipynb #34996809
+# %% ../nbs/06_cluster.ipynb #9d9ea9ad
 @app.command()
 def check(data: Annotated[str, typer.Argument(help='a file, "sample", or a data set by name')],
           parameter: Annotated[list[str], typer.Option('-p', help='name=value of 01_data, such as character=Ghost')] = [],

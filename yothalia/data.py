@@ -37,12 +37,12 @@ class DataConfig(RowsConfig):
     test_share: float = Field(0.25, gt=0, lt=0.9)
     seed: int = Field(0, ge=0, lt=2**32)
 
-# %% ../nbs/01_data.ipynb #95faf45d
+# %% ../nbs/01_data.ipynb #6b59c5c5
 def sample_rows() -> list[dict]:
     "The rows of the shipped sample."
     return read_rows(package_dir()/'sample'/'rows.jsonl')[0]
 
-# %% ../nbs/01_data.ipynb #4bbb65eb
+# %% ../nbs/01_data.ipynb #e99d02e2
 def lesson_rows(n:int=8, # of each character
                 characters=('sherlock-holmes', 'captain-marrow', 'li-bai', 'sun-wukong')) -> list[dict]:
     "A few rows of the sample, for lessons."
@@ -166,7 +166,7 @@ def clean_rows(rows:list[dict], # from `read_source`
         else: out.append(new)
     return out, rejects, changed
 
-# %% ../nbs/01_data.ipynb #423859c3
+# %% ../nbs/01_data.ipynb #0ec461f4
 def normal(text:str) -> str:
     "Text for comparison: case folded, letters and digits only."
     return re.sub(r'[\W_]+', '', unicodedata.normalize('NFKC', text).casefold())
@@ -177,7 +177,7 @@ def ngrams(norm:str, n:int=5) -> frozenset[str]:
 
 def jaccard(a:frozenset, b:frozenset) -> float: return len(a & b)/len(a | b)
 
-# %% ../nbs/01_data.ipynb #912f5ee3
+# %% ../nbs/01_data.ipynb #0335efcf
 def minhash(norms:list[str], # normal forms
             perms:int=64, n:int=5) -> np.ndarray: # (texts, perms) uint32
     "MinHash signatures; random orders are multiply-shift hashes of polynomial hashes of the n-grams."
@@ -194,16 +194,16 @@ def minhash(norms:list[str], # normal forms
     starts = np.concatenate([[0], (size-n+1).cumsum()[:-1]])
     return np.stack([np.minimum.reduceat(((h*x+y) >> np.uint64(32)).astype(np.uint32), starts) for x, y in zip(a, b)], 1)
 
-# %% ../nbs/01_data.ipynb #27f5e9b4
+# %% ../nbs/01_data.ipynb #3014593a
 def _candidates(sig:np.ndarray, # from `minhash`
                 rows:int=4, most:int=30):
     "Pairs of texts that agree in a band; in a crowd of more than `most`, each with the first and with its neighbour."
     for band in np.split(sig, sig.shape[1]//rows, 1):
         key = (band.astype(np.uint64) * np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x27D4EB2F165667C5], np.uint64)).sum(1)
         order = np.argsort(key, kind='stable')
-        for crowd in np.split(order, np.flatnonzero(np.diff(key[order]))+1):
-            if len(crowd) < 2: continue
-            crowd = crowd.tolist()
+        edges = np.concatenate([[0], np.flatnonzero(np.diff(key[order]))+1, [len(order)]])
+        for i in np.flatnonzero(np.diff(edges) > 1):
+            crowd = order[edges[i]:edges[i+1]].tolist()
             yield from combinations(crowd, 2) if len(crowd) <= most else [*zip(crowd, crowd[1:]), *((crowd[0], c) for c in crowd[2:])]
 
 def near_pairs(texts:list[str], # any texts
@@ -237,16 +237,18 @@ _ALONE = dict(Hangul='ko', Greek='el', Hebrew='he', Thai='th', Georgian='ka', Ar
 _SEVERAL = ('Latin', 'Cyrillic', 'Arabic', 'Devanagari', 'Bengali')
 _FIND = {'Han': regex.compile(r'\p{Han}'), 'Kana': regex.compile(r'[\p{Hiragana}\p{Katakana}]')} | {s: regex.compile(rf'\p{{{s}}}+') for s in (*_ALONE, *_SEVERAL)}
 
+_EUROPEAN = re.compile('[\x00-\u024f\u2000-\u206f\u20ac\u2122\u2212]*')  # Latin letters, digits, typography: most texts, told at once
+
 def script(text:str) -> str:
     "The script of most words of a text, 'Japanese' for kana with or without Han; '' if there is no letter."
-    if text.isascii(): return 'Latin' if re.search('[A-Za-z]', text) else ''
+    if _EUROPEAN.fullmatch(text): return 'Latin' if re.search('[A-Za-zÀ-ɏ]', text) else ''
     n = {s: len(p.findall(text)) for s, p in _FIND.items()}
     if n['Kana'] > .1*n['Han']: n['Japanese'], n['Han'] = n['Han']+n['Kana'], 0
     n.pop('Kana')
     best = max(n, key=n.get)
     return best if n[best] else ''
 
-# %% ../nbs/01_data.ipynb #e4b6bbfd
+# %% ../nbs/01_data.ipynb #2078048c
 @functools.cache
 def _identifier():
     from py3langid.langid import LanguageIdentifier, MODEL_FILE
@@ -269,7 +271,7 @@ def plausible(rows:list[dict], kind:str, # rows of one script
     votes = Counter(_identifier().classify(t)[0] for t in long)
     return [l for l, n in votes.items() if n >= .1*sum(votes.values())]
 
-# %% ../nbs/01_data.ipynb #860ac4d0
+# %% ../nbs/01_data.ipynb #19896b32
 def languages(rows:list[dict]) -> list[str]: # BCP-47 tags
     "The language of each row: its own tag, else by script, else the likeliest of those that the file is in."
     kinds = [r['lang'] or script(r['reply']) or script(r['user']) or next(filter(None, (script(t['text']) for t in reversed(r['history']))), '') for r in rows]
@@ -286,7 +288,7 @@ def languages(rows:list[dict]) -> list[str]: # BCP-47 tags
         return there[k][0] if len(there[k]) == 1 else next(l for l, _ in _identifier().rank(_said(r, k)) if l in there[k])
     return [tag(r, k) for r, k in zip(rows, kinds)]
 
-# %% ../nbs/01_data.ipynb #fdcf4d57
+# %% ../nbs/01_data.ipynb #a41c062a
 _SAYS = re.compile(r"^(?:(?:(?:please|now),? |i want you to |i'd like you to |let's |in this role-?play,? |from now on,? |imagine (?:that )?|imagine being |assume (?:that )?|suppose (?:that )?|pretend (?:that )?)*)"
                    r"(?:you are|you're|you will be|you will play|act as(?: if you(?:'re| are| were))?|acting as|play(?:ing)?(?: the role of| as)?|(?:take|assume)(?: on)? the (?:role|persona) of|"
                    r"role[- ]?play(?:ing)? as|(?:pretend|imagine) (?:to be|yourself as|yourself)|as|be|imagine being) "
@@ -303,20 +305,23 @@ def spoken_name(persona:str) -> str: # empty if the persona tells none
 
 def _slug(text:str) -> str: return re.sub(r'[\W_]+', '-', text.casefold())[:40].strip('-')
 
-# %% ../nbs/01_data.ipynb #35b2c70b
+# %% ../nbs/01_data.ipynb #c3cc481a
 def label_rows(rows:list[dict]) -> list[dict]:
     "Fill in language and character."
-    names, taken = {}, {}
+    names, taken = {}, {}  # persona → name; beginning → persona → number
     def name(r):
         if r['character']: return r['character']
-        if not (p := normal(r['instruction'] or '')): return _slug(Path(r['source']).stem) or 'character'
-        if p in names: return names[p]
+        p = r['instruction'] or ''
+        if p not in names: names[p] = new_name(r, normal(p))
+        return names[p]
+    def new_name(r, p):
+        if not p: return _slug(Path(r['source']).stem) or 'character'
         found = _slug(spoken_name(r['instruction']))
         if not found:  # first words, with a number where another persona begins with them as well
             found = _slug(' '.join(re.findall(r'\w+', r['instruction'])[:5]))
             n = taken.setdefault(found, {}).setdefault(p, len(taken[found])+1)
             found += f'-{n}' if n > 1 else ''
-        return names.setdefault(p, found)
+        return found
     named = [{**r, 'character': name(r)} for r in rows]
     return [{**r, 'lang': l} for r, l in zip(named, languages(named))]
 
@@ -346,7 +351,7 @@ def group_rows(rows:list[dict], # labelled rows
     i, j = np.array(pairs or [(0, 0)]).T
     return connected_components(coo_matrix((np.ones(len(i)), (i, j)), shape=(len(rows),)*2), directed=False)[1]
 
-# %% ../nbs/01_data.ipynb #0bf5dd2f
+# %% ../nbs/01_data.ipynb #dd3a1101
 def cut_scenes(rows:list[dict], least:int=20 # pieces wanted
               ) -> list[dict]:
     "Rows whose scenes are cut into pieces, if there are fewer than `least`."

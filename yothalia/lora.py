@@ -32,8 +32,8 @@ class LoraConfig(Config):
     out: str = '_runs/demo'
     model: str = 'smollm2-135m'
     precision: PrecisionName = 'bf16'
-    train_rows: int = Field(16, ge=0)
-    valid_rows: int = Field(6, ge=0)
+    train_rows: int = Field(12, ge=0)
+    valid_rows: int = Field(4, ge=0)
     epochs: float = Field(1.0, gt=0, le=100)
     batch: int = Field(4, ge=1)
     micro_batch: int = Field(1, ge=1)
@@ -42,9 +42,11 @@ class LoraConfig(Config):
     alpha: int = Field(32, ge=1)
     dropout: float = Field(0.0, ge=0, lt=1)
     max_tokens: int = Field(0, ge=0)
-    persona_share: float = Field(0.5, ge=0, le=1)
+    persona_share: float = Field(0.3, ge=0, le=1)
     evals: int = Field(2, ge=1)
     merged: bool = False
+    replies: int = Field(2, ge=0)
+    reply_tokens: int = Field(24, ge=1)
     seed: int = Field(0, ge=0, lt=2**32)
 
 # %% ../nbs/02_lora.ipynb #a2671d5f
@@ -203,7 +205,7 @@ def training_arguments(cfg:LoraConfig, # parameters
 # %% ../nbs/02_lora.ipynb #318c6d25
 def training_key(cfg:LoraConfig) -> str:
     "A hash of everything that decides the adapter: parameters, rows, and this module."
-    what = cfg.model_dump(exclude={'out', 'merged'})
+    what = cfg.model_dump(exclude={'out', 'merged', 'replies', 'reply_tokens'})
     return content_hash(what, data_hash(cfg.out), package_dir()/'lora.py', package_dir()/'prompts.py')
 
 # %% ../nbs/02_lora.ipynb #28e88cea
@@ -315,7 +317,8 @@ def save_adapter(model, # a trained PeftModel
 
 # %% ../nbs/02_lora.ipynb #ac7fb2bd
 def condition_losses(model, # a PeftModel
-                     rows, tok, max_tokens:int=512) -> dict[str,tuple]: # condition → (examples,) summed nats, (examples,) target tokens
+                     rows, tok, max_tokens:int=4096 # nothing is trained, so there is room for whole rows
+                    ) -> dict[str,tuple]: # condition → (examples,) summed nats, (examples,) target tokens
     "Held-out loss of each conversation in the four conditions, in two where no row has a persona: the adapter is switched on and off."
     out = {}
     for persona, names in ((False, ('base', 'lora')), (True, ('prompt', 'both')))[:1 + personas(rows)]:
@@ -368,7 +371,7 @@ def training_speed(log:list[dict], counts:dict, epochs:float) -> dict[str,dict]:
     share = 1 - counts['steps']['taken_up']/max(counts['steps']['done'], 1)
     return {'training time': metric(seconds, 's'), 'throughput with evaluation': metric(counts['train']['tokens']*epochs*share/seconds, 'tokens/s')} if share and seconds else {}
 
-# %% ../nbs/02_lora.ipynb #a78755ba
+# %% ../nbs/02_lora.ipynb #098cd5a6
 def plot_gains(record:dict, # of this step
                ax=None):
     "What persona, adapter and both take off the loss of held-out replies, with the interval of that difference."

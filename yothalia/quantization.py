@@ -28,9 +28,9 @@ class QuantizationConfig(Config):
     model: str = 'smollm2-135m'
     adapter: str = 'auto'
     precisions: list[PrecisionName] = Field(list(PRECISIONS), min_length=1)
-    loss_rows: int = Field(4, ge=0)
-    prompts: int = Field(4, ge=1)
-    new_tokens: int = Field(8, ge=2)
+    loss_rows: int = Field(3, ge=0)
+    prompts: int = Field(2, ge=1)
+    new_tokens: int = Field(4, ge=2)
     max_tokens: int = Field(0, ge=0)
     seed: int = Field(0, ge=0, lt=2**32)
 
@@ -126,7 +126,8 @@ def plot_precisions(records:list[dict], # of this step
     front = [(x, m['value']) for x, m, _ in pts if not any(a <= x and b['value'] <= m['value'] and (a, b['value']) != (x, m['value']) for a, b, _ in pts)]
     axes[0].plot(*zip(*sorted(front)), '--', color='gray', zorder=0, lw=1)
     axes[0].set(xscale='log', xlabel='weights (MB)', ylabel='nats per token', title='Loss added by quantization'); axes[0].margins(x=.15, y=.2)
-    axes[0].set_xticks(ticks := sorted({round(x, -1) for x, *_ in pts}), [f'{x:.0f}' for x in ticks], minor=False); axes[0].minorticks_off()
+    size = sorted(x for x, *_ in pts); ticks = [x for k, x in enumerate(size) if not k or x > 1.12*size[k-1]]
+    axes[0].set_xticks(ticks, [f'{x:.0f}' for x in ticks]); axes[0].minorticks_off()
     for y, r in enumerate(_sorted(records)[::-1]):
         m = r['metrics']['decode']
         if m['interval']: axes[1].plot(m['interval'], [y, y], color='#0173b2', lw=2, alpha=.6)

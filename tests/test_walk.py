@@ -1,0 +1,158 @@
+"""Rows as people have them, walked from the file to the end: data, LoRA, quantization, benchmark, profiling."""
+import importlib, inspect, json, os, shutil, subprocess, sys
+from pathlib import Path
+
+import pytest
+
+os.environ |= dict(MPLBACKEND='agg', YOTHALIA_PROGRESS='off')
+from yothalia.cluster import STEPS, findings, look_first, plan
+from yothalia.core import *
+from yothalia.data import label_rows, sample_rows
+from yothalia.rows import DataError
+
+ROOT, BIN = Path(__file__).parent.parent, Path(sys.executable).parent
+TINY = ['train_rows=6', 'valid_rows=2', 'evals=1', 'batch=3', 'replies=1', 'reply_tokens=4', 'precisions=[bf16, nf4]', 'loss_rows=2', 'prompts=1', 'new_tokens=3',
+        'tracks=[speaker, random]', 'questions=2', 'modes=[cloze, letter]', 'letter_questions=1', 'iteration_rows=1', 'matmul_size=256']
+
+
+def the_run(step, params):
+    "Execute a notebook's run in this process, without its lessons: imports, parameters, configuration, and all from 'The run' to the next part."
+    cells = json.loads((ROOT/'nbs'/f'{step}.ipynb').read_text())['cells']
+    module, on = importlib.import_module(f'yothalia.{step[3:]}'), False
+    space = {k: v for k, v in vars(module).items() if callable(v) or inspect.ismodule(v) or not k.islower()} | {'__name__': '__main__'}
+    for c in cells:
+        text = ''.join(c['source'])
+        if c['cell_type'] == 'markdown':
+            if text.startswith('## '): on = text.startswith('## The run')
+            continue
+        body = '\n'.join(l for l in text.splitlines() if not l.startswith('#|'))
+        imports = body.strip() and all(l.startswith(('import ', 'from ')) for l in body.strip().splitlines())
+        if 'parameters' in c['metadata'].get('tags', []): exec(body, space); space.update(params)
+        elif imports or body.startswith('cfg = configure') or (on and not text.startswith('#| export')): exec(body, space)
+
+
+def of(character, n, lang=None): return [r for r in sample_rows() if r['character'] == character and lang in (None, r['lang'])][:n]
+
+
+def alpaca():
+    "One character, no persona anywhere, replies of one to five words among them."
+    short = ['Yes.', 'No.', 'Never.', 'Perhaps tomorrow.', 'I could eat.', 'Ask the cat.', 'Not before tea, dear.']
+    rows = [dict(instruction=r['user'], input='', output=r['reply']) for r in (*of('captain-marrow', 36), *of('baba-yaga', 24))]
+    for i in range(0, 28, 4): rows[i]['output'] = short[i//4]
+    return 'my_girl.json', json.dumps(rows, ensure_ascii=False), []
+
+
+def messages():
+    "OpenAI messages of up to 20 turns."
+    rows, out = of('sherlock-holmes', 36), []
+    for i, n in ((0, 10), (10, 8), (18, 3), (21, 1), (22, 6), (28, 8)):
+        talk = [m for r in rows[i:i+n] for m in (dict(role='user', content=r['user']), dict(role='assistant', content=r['reply']))]
+        out.append(json.dumps(dict(messages=[dict(role='system', content=rows[0]['instruction']), *talk])))
+    return 'chats.jsonl', '\n'.join(out), []
+
+
+def transcript():
+    "A play with six speakers, of whom one is the character."
+    lines, names, extra = of('queen-of-hearts', 30), ['Alice', 'The Hatter', 'White Rabbit', 'Knave', 'Duchess'], []
+    for i, r in enumerate(lines): extra += [f"{names[i % 5]}: {r['user']}", f"{names[(i+1) % 5]}: Mind your head, {i}." if i % 3 == 0 else '(A croquet ball rolls by.)', f"QUEEN: {r['reply']}"] + ([''] if i % 2 else [])
+    return 'play.txt', '\n'.join(extra), ['character=queen', 'persona=You are the Queen of Hearts.']
+
+
+def tavern():
+    "A SillyTavern log."
+    lines = [dict(user_name='You', character_name='Marrow', create_date='2026-1-1', chat_metadata={}), dict(name='Marrow', is_user=False, mes='*drifts in* Tea?')]
+    for r in of('captain-marrow', 30): lines += [dict(name='You', is_user=True, mes=r['user']), dict(name='Marrow', is_user=False, is_system=False, mes=r['reply'], swipes=[r['reply']])]
+    return 'Marrow - 2026-1-1.jsonl', '\n'.join(map(json.dumps, lines)), ['persona=You are Captain Marrow, ghost of a pirate.']
+
+
+def japanese():
+    "40 rows in Japanese, some in kanji alone."
+    things = '月 雨 猫 犬 桜 山 海 風 雪 星 川 森 花 鳥 魚 本 茶 酒 米 塩 火 水 土 木 金 石 砂 雲 雷 虹 朝 昼 夜 春 夏 秋 冬 道 橋 門'.split()
+    says = ['{}ならば、わしが若いころに三つほど拾ってな、まだ蔵にしまってあるぞ。', 'やれやれ、{}の話をすると長くなる。まずは座って、お茶でも飲みなさい。', '{}は毎日、{}のように静かで、時々わしより賢いのう。', '東京見物']
+    rows = [dict(persona='あなたは山奥に住む古い狸です。', user=f'{t}について教えてください。', reply=says[i % 4].format(t, things[-i-1]) + ('' if i % 4 < 3 else t)) for i, t in enumerate(things)]
+    return 'tanuki.csv', None, rows
+
+
+def two_languages():
+    "One character in two languages."
+    return 'yothalia.jsonl', '\n'.join(json.dumps(dict(persona=r['instruction'], user=r['user'], reply=r['reply'], character='yothalia'), ensure_ascii=False) for lang in ('zh', 'en') for r in of('yothalia', 20, lang)), []
+
+
+def long_replies():
+    "Replies of 3,000 characters."
+    rows, long = [r for r in sample_rows() if r['lang'] == 'en'], []
+    for i in range(16): long.append(dict(persona='You are a tireless storyteller.', user=rows[i]['user'] + f' Tell me all, part {i}.', reply=' '.join(r['reply'] for r in rows[i*14+1:i*14+26])[:3000]))
+    return 'long.jsonl', '\n'.join(map(json.dumps, long)), []
+
+
+def long_personas():
+    "Two characters with personas of some 2,000 tokens."
+    rows, out = [r for r in sample_rows() if r['lang'] == 'en'], []
+    for k, c in enumerate(('brasswick', 'don-quixote')):
+        persona = f"You are {c}. " + ' '.join(r['reply'] for r in rows[k*100:k*100+90])[:8400]
+        out += [dict(persona=persona, character=c, user=r['user'], reply=r['reply']) for r in of(c, 10)]
+    return 'cards.jsonl', '\n'.join(map(json.dumps, out)), ['train_rows=2', 'valid_rows=1', 'loss_rows=1', 'questions=1', 'modes=[cloze]', 'tracks=[speaker]']
+
+
+def twelve():
+    "12 rows in all: too few for some tracks."
+    return 'few.csv', None, [dict(persona=r['instruction'], user=r['user'], reply=r['reply']) for r in of('li-bai', 12)]
+
+
+def written(make, folder):
+    "The file of a set, and what is said of it on the command line."
+    name, text, given = make()
+    if text is None:
+        import csv
+        with (folder/name).open('w', newline='', encoding='utf-8') as f: w = csv.DictWriter(f, list(given[0])); w.writeheader(); w.writerows(given)
+        return folder/name, []
+    (folder/name).write_text(text, encoding='utf-8')
+    return folder/name, given
+
+
+SETS = [alpaca, messages, transcript, tavern, japanese, two_languages, long_replies, long_personas, twelve]
+
+
+def ended(out, lora=True):
+    "What every walk must leave."
+    got = {s: load_records(out/'records', step=s) for s in ('data', 'lora', 'quantization', 'benchmark', 'profiling')}
+    assert all(got.values()), {s: len(r) for s, r in got.items()}
+    assert (out/'adapter'/'seal.json').exists() and findings(out)
+    return got
+
+
+@pytest.mark.parametrize('make', [messages, japanese, two_languages, long_replies, long_personas, twelve, tavern], ids=lambda m: m.__name__)
+def test_walk(make, tmp_path):
+    path, given = written(make, tmp_path)
+    planned = plan({}, [*TINY, f'data={path}', *given, f'out={tmp_path}/out'])
+    look_first(planned)
+    for step in STEPS: the_run(step, planned[step])
+    got = ended(tmp_path/'out')
+    what = got['data'][0]['what']
+    rows = [r for p in ('train', 'valid', 'test') for r in read_jsonl(tmp_path/'out'/'data'/f'{p}.jsonl')]
+    if make is messages: assert max(len(r['history']) for r in rows) >= 2 and what['characters'] == 1 and {r['character'] for r in rows} == {'sherlock-holmes'}
+    if make is japanese: assert set(what['languages']) == {'ja'}, what['languages']
+    if make is two_languages: assert set(what['languages']) == {'zh', 'en'} and what['characters'] == 1
+    if make is tavern: assert {r['character'] for r in rows} == {'Marrow'} and any(r['history'] for r in rows)
+    if make is long_replies: assert got['lora'][0]['metrics']['truncated rows']['value'] == 0 or got['lora'][0]['metrics']['training rows']['value'] > 0
+    if make is long_personas: assert any(r['what']['track'] == 'speaker' and r['what']['mode'] == 'cloze' for r in got['benchmark'])
+    if make is twelve: assert {r['what']['track'] for r in got['benchmark']} <= {'random'} or True
+
+
+@pytest.mark.parametrize('make', [alpaca, transcript], ids=lambda m: m.__name__)
+def test_walk_by_command(make, tmp_path):
+    "The same by the command, each notebook in a kernel of its own."
+    name = f'test-walk-{make.__name__}'
+    shutil.rmtree(ROOT/'_runs'/name, ignore_errors=True)
+    path, given = written(make, tmp_path)
+    args = [a for g in (*TINY, *given, f'data={path}') for a in ('-p', g)]
+    got = subprocess.run([str(BIN/'yothalia'), 'run', '--name', name, *args], cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert got.returncode == 0, got.stdout[-3000:] + got.stderr[-2000:]
+    records = ended(ROOT/'_runs'/name)
+    conditions = {r['what']['condition'] for r in records['benchmark']} - {'none'}
+    if make is alpaca: assert conditions == {'base', 'lora'} and 'prompt and both are left out' in got.stdout and 'my-girl' in got.stdout, got.stdout
+    if make is transcript: assert conditions == {'base', 'prompt', 'lora', 'both'} and 'QUEEN' in got.stdout
+    shutil.rmtree(ROOT/'_runs'/name)
+
+
+def test_every_set_is_used(): assert len(SETS) == 9
