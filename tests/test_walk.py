@@ -11,8 +11,9 @@ from yothalia.data import label_rows, sample_rows
 from yothalia.rows import DataError
 
 ROOT, BIN = Path(__file__).parent.parent, Path(sys.executable).parent
-TINY = ['train_rows=6', 'valid_rows=2', 'evals=1', 'batch=3', 'replies=1', 'reply_tokens=4', 'precisions=[bf16, nf4]', 'loss_rows=2', 'prompts=1', 'new_tokens=3',
-        'tracks=[speaker, random]', 'questions=2', 'modes=[cloze, letter]', 'letter_questions=1', 'iteration_rows=1', 'matmul_size=256']
+TINY = ['train_rows=3', 'valid_rows=1', 'evals=1', 'batch=3', 'replies=1', 'reply_tokens=2', 'precisions=[bf16]', 'loss_rows=1', 'prompts=1', 'new_tokens=2',
+        'tracks=[speaker, random]', 'questions=1', 'modes=[cloze]', 'iteration_rows=1', 'iteration_questions=1', 'matmul_size=256']
+MORE = ['train_rows=6', 'batch=2', 'precisions=[bf16, nf4]', 'questions=2', 'modes=[cloze, letter, generate]']  # for the walks by command
 
 
 def the_run(step, params):
@@ -91,7 +92,7 @@ def long_personas():
     for k, c in enumerate(('brasswick', 'don-quixote')):
         persona = f"You are {c}. " + ' '.join(r['reply'] for r in rows[k*100:k*100+90])[:8400]
         out += [dict(persona=persona, character=c, user=r['user'], reply=r['reply']) for r in of(c, 10)]
-    return 'cards.jsonl', '\n'.join(map(json.dumps, out)), ['train_rows=2', 'valid_rows=1', 'loss_rows=1', 'questions=1', 'modes=[cloze]', 'tracks=[speaker]']
+    return 'cards.jsonl', '\n'.join(map(json.dumps, out)), ['train_rows=1', 'tracks=[speaker]']
 
 
 def twelve():
@@ -134,9 +135,9 @@ def test_walk(make, tmp_path):
     if make is japanese: assert set(what['languages']) == {'ja'}, what['languages']
     if make is two_languages: assert set(what['languages']) == {'zh', 'en'} and what['characters'] == 1
     if make is tavern: assert {r['character'] for r in rows} == {'Marrow'} and any(r['history'] for r in rows)
-    if make is long_replies: assert got['lora'][0]['metrics']['truncated rows']['value'] == 0 or got['lora'][0]['metrics']['training rows']['value'] > 0
+    if make is long_replies: assert max(len(r['reply']) for r in rows) == 3000 and got['lora'][0]['metrics']['dropped rows']['value'] == 0
     if make is long_personas: assert any(r['what']['track'] == 'speaker' and r['what']['mode'] == 'cloze' for r in got['benchmark'])
-    if make is twelve: assert {r['what']['track'] for r in got['benchmark']} <= {'random'} or True
+    if make is twelve: assert {r['what']['track'] for r in got['benchmark']} == {'random'}  # one character: nobody else could have said it
 
 
 @pytest.mark.parametrize('make', [alpaca, transcript], ids=lambda m: m.__name__)
@@ -145,7 +146,7 @@ def test_walk_by_command(make, tmp_path):
     name = f'test-walk-{make.__name__}'
     shutil.rmtree(ROOT/'_runs'/name, ignore_errors=True)
     path, given = written(make, tmp_path)
-    args = [a for g in (*TINY, *given, f'data={path}') for a in ('-p', g)]
+    args = [a for g in (*TINY, *MORE, *given, f'data={path}') for a in ('-p', g)]
     got = subprocess.run([str(BIN/'yothalia'), 'run', '--name', name, *args], cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert got.returncode == 0, got.stdout[-3000:] + got.stderr[-2000:]
     records = ended(ROOT/'_runs'/name)

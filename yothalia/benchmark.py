@@ -36,6 +36,7 @@ class BenchmarkConfig(Config):
     precision: PrecisionName = 'bf16'
     adapter: str = 'auto'
     tracks: list[TrackName] = Field(['speaker', 'random', 'hard'], min_length=1)
+    otherwise: list[TrackName] = ['random']
     questions: int = Field(4, ge=0)
     options: int = Field(5, ge=3, le=10)
     modes: list[Literal['cloze', 'letter', 'generate']] = Field(['cloze', 'letter', 'generate'], min_length=1)
@@ -49,7 +50,7 @@ class BenchmarkConfig(Config):
     max_context: int = Field(2048, ge=64)
     seed: int = Field(0, ge=0, lt=2**32)
 
-# %% ../nbs/04_benchmark.ipynb #bf292aa2
+# %% ../nbs/04_benchmark.ipynb #a5878413
 def conditions(qs:list[dict], # questions of one track
                adapter:bool) -> list[str]: # keys of `CONDITIONS`
     "In which conditions these questions can be asked."
@@ -109,7 +110,7 @@ def prior_scores(model, tok, replies:list[str], path:Path, key:str, max_reply:in
     lines = write_lines(path, key, [content_hash(g) for g in groups], score, 'replies alone')
     return {r: s for g, o in zip(groups, lines) for r, s in zip(g, o['nats'])}
 
-# %% ../nbs/04_benchmark.ipynb #30245dcc
+# %% ../nbs/04_benchmark.ipynb #15391d43
 def by_question(model, items:list[list[Item]], # the items of each question
                 budget:int, done=frozenset() # numbers of questions that need no score
                ): # yields (number of the question, the scores of its items)
@@ -320,7 +321,7 @@ def accuracy_table(records:list[dict]) -> pd.DataFrame: # rows: mode and reading
             cell, c = cells[r['what']['track'], r['what']['mode'], by, m['n']], r['what']['condition']
             if c in cell: raise ValueError(f"two records of track {r['what']['track']}, mode {r['what']['mode']}, condition {c}: say which is meant")
             cell[c] = str(Metric(m))
-    table = pd.DataFrame([dict(zip(('track', 'mode', 'read by', 'n'), k)) | v for k, v in cells.items()])
+    table = pd.DataFrame([dict(zip(('track', 'mode', 'read by', 'n'), k)) | v for k, v in cells.items()], columns=None if cells else ['track', 'mode', 'read by', 'n'])
     order = [c for c in (*CONDITIONS, 'none') if c in table]
     return table[['track', 'mode', 'read by', 'n', *order]].rename(columns={'none': 'no model'}).fillna('')
 

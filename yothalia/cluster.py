@@ -55,7 +55,7 @@ def plan(recipe:dict, # from the YAML file
     _check_names(flat, own, known)
     return {s: {k: v for k, v in (flat | own[s]).items() if k in known[s]} for s in steps}
 
-# %% ../nbs/06_cluster.ipynb #7a4ceb08
+# %% ../nbs/06_cluster.ipynb #b188c233
 def _value(text:str, defaults:list, given:str):
     "A value from the command line: text where the notebook has text, else read as YAML."
     if any(isinstance(d, str) for d in defaults): return text
@@ -71,7 +71,7 @@ def _check_names(flat:dict, own:dict, known:dict):
         def near(k, names): return next(iter(nearest(k.rpartition('.')[2], names)), None)
         raise RunError('; '.join(f'unknown parameter {k!r}' + (f': did you mean {n!r}?' if (n := near(k, names)) else f': known are {", ".join(names)}') for k, names in wrong))
 
-# %% ../nbs/06_cluster.ipynb #b89ef5d8
+# %% ../nbs/06_cluster.ipynb #a9bebd91
 MIN_DISK = 2e9  # bytes that a run with the default model writes at most
 
 def look_first(planned:dict[str,dict]):
@@ -170,7 +170,7 @@ def run_all(planned:dict[str,dict], folder:Path, # step → parameters; the run'
         with atomic(done_mark(folder, step)) as f: f.write_text(json.dumps(dict(key=keys[step], records=sorted(made), seconds=round(time.time()-start, 1)), indent=1))
         console.print(f'{head}  {time.time()-start:.0f} s')
 
-# %% ../nbs/06_cluster.ipynb #3de929dd
+# %% ../nbs/06_cluster.ipynb #99bbe518
 def _percent(m) -> str:
     "A share as a person says it, with its interval."
     between = f" [{m['interval'][0]:.0%}, {m['interval'][1]:.0%}]" if m['interval'] else ''
@@ -195,7 +195,21 @@ def _speaker_lines(bench:list[dict]) -> list[str]:
                    + ('an effect.' if sure else f'not established; {seen*100:.0f} points would have been found in 80 of 100 such runs.'))
     return out
 
-# %% ../nbs/06_cluster.ipynb #2dcb74d1
+# %% ../nbs/06_cluster.ipynb #4b7b115a
+def _reply_lines(bench:list[dict]) -> list[str]:
+    "What the tracks on which replies vary have shown."
+    from yothalia.benchmark import headline_of
+    out = []
+    for track in dict.fromkeys(r['what']['track'] for r in bench if r['what']['track'] != 'speaker'):
+        at = {r['what']['condition']: r for r in bench if r['what']['track'] == track and r['what']['mode'] in ('cloze', 'rules')}
+        acc = {c: r['metrics'][f'accuracy {headline_of(r)}'] for c, r in at.items() if c != 'none'}
+        rules = at['none']['metrics']; best = max((k for k in rules if k not in ('chance', 'choices only')), key=lambda k: rules[k]['value'])
+        n = next((m['n'] for m in acc.values()), 0)
+        out.append(f"Which reply answers the line (track {track}, {n} questions)? " + ', '.join(f'{c} {_percent(m)}' for c, m in acc.items()) +
+                   f"; chance is {rules['chance']['value']:.0%}, the best rule without a model ({best}) gets {rules[best]['value']:.0%}. That is found mostly without knowing who speaks.")
+    return out
+
+# %% ../nbs/06_cluster.ipynb #bbcb9c59
 def _loss_line(lora:list[dict]) -> list[str]:
     "What persona and adapter do to the likelihood of held-out replies."
     m, said = lora[0]['metrics'] if lora else {}, []
@@ -225,7 +239,7 @@ def findings(folder:Path # a run's folder, or any with records
             ) -> list[str]:
     "One plain sentence for each question, from the records that are there."
     get = lambda step: [r for r in load_records(folder, step=step)]
-    return (_speaker_lines(b) if (b := get('benchmark')) else []) + _loss_line(get('lora')) + _cost_line(get('quantization')) + _time_line(get('profiling'))
+    return (_speaker_lines(b) + _reply_lines(b) if (b := get('benchmark')) else []) + _loss_line(get('lora')) + _cost_line(get('quantization')) + _time_line(get('profiling'))
 
 # %% ../nbs/06_cluster.ipynb #2171d90d
 def show_frame(frame, title:str, console:Console):
@@ -307,7 +321,7 @@ def run(recipe: Annotated[Path, typer.Argument(help='YAML file with parameters')
     except (RunError, ModelError, ValueError) as e:
         console.print(f'[bold red]Stopped:[/] ', end=''); console.print(str(e), markup=False, highlight=False, soft_wrap=True); raise typer.Exit(1)
 
-# %% ../nbs/06_cluster.ipynb #9d9ea9ad
+# %% ../nbs/06_cluster.ipynb #3bf68244
 @app.command()
 def check(data: Annotated[str, typer.Argument(help='a file, "sample", or a data set by name')],
           parameter: Annotated[list[str], typer.Option('-p', help='name=value of 01_data, such as character=Ghost')] = [],

@@ -34,6 +34,7 @@ class ProfilingConfig(Config):
     model: str = 'smollm2-135m'
     precision: PrecisionName = 'bf16'
     iteration_rows: int = Field(2, ge=1)
+    iteration_questions: int = Field(2, ge=1)
     micro_batch: int = Field(1, ge=1)
     rank: int = Field(16, ge=1)
     max_tokens: int = Field(1024, ge=16)
@@ -104,7 +105,7 @@ def profiled(run, # a function without arguments
             ): # the profiler
     "Run once under torch.profiler and write a Chrome trace."
     kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA]*torch.cuda.is_available()
-    with profile(activities=kinds, record_shapes=False, profile_memory=True) as prof: run()
+    with profile(activities=kinds, record_shapes=False) as prof: run()
     path = Path(trace); path.parent.mkdir(parents=True, exist_ok=True)
     prof.export_chrome_trace(str(path))
     return prof

@@ -302,9 +302,12 @@ def tree_scores(model, items:list[Item], budget:int,
             if len(ks) == 1: yield ks[0], plain_scores(model, items[ks[0]]); del left[ks[0]]
 
 # %% ../nbs/04b_scoring.ipynb #a98d5163
+def _short(i:Item, context:int=192, reply:int=48) -> Item: # what is right on the end of a long context is right on all of it
+    return Item(i.context[-context:], [c[:reply] for c in i.choices[:5]])
+
 def unfit(model, items:list[Item]) -> str: # why the tree cannot be used, or ''
     "Score two items by the tree, with a card carried over, and by the plain road; say what differs beyond rounding."
-    one, two = (sorted(items[:32], key=lambda i: i.size)[k] for k in (len(items[:32])//2, 0))
+    one, two = (sorted(map(_short, items[:32]), key=lambda i: i.size)[k] for k in (len(items[:32])//2, 0))
     few = [one, Item(one.context[:-1]+two.context[-1:], two.choices)]  # two items with a card in common
     close = 1e-3 if model.dtype == torch.float32 else .5  # nats for each root of a token: what is rounded at random adds up like that
     try: got = dict(tree_scores(model, few, max(i.size for i in few)))
@@ -330,7 +333,13 @@ def score_items(model, items:list[Item], # any decoder-only model, plain, quanti
     if why := _checked[model]:
         warnings.warn(f'this model is scored the plain way, several times slower: {why}')
         yield from ((k, plain_scores(model, i)) for k, i in enumerate(items) if k not in done)
-    else: yield from tree_scores(model, items, budget or auto_budget(model), done)
+        return
+    seen = set(done)
+    try:
+        for k, s in tree_scores(model, items, budget or auto_budget(model), done): seen.add(k); yield k, s
+    except TreeUnfit as e:  # found on a longer context than the check had seen
+        _checked[model] = str(e)
+        yield from score_items(model, items, budget, frozenset(seen))
 
 # %% ../nbs/04b_scoring.ipynb #2bc09c1d
 def road_costs(model, items:list[Item], budget:int=1024) -> pd.DataFrame: # a line a road: tokens, rows of logits, TFLOP
