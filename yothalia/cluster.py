@@ -55,7 +55,7 @@ def plan(recipe:dict, # from the YAML file
     _check_names(flat, own, known)
     return {s: {k: v for k, v in (flat | own[s]).items() if k in known[s]} for s in steps}
 
-# %% ../nbs/06_cluster.ipynb #b188c233
+# %% ../nbs/06_cluster.ipynb #08dab5ae
 def _value(text:str, defaults:list, given:str):
     "A value from the command line: text where the notebook has text, else read as YAML."
     if any(isinstance(d, str) for d in defaults): return text
@@ -71,7 +71,7 @@ def _check_names(flat:dict, own:dict, known:dict):
         def near(k, names): return next(iter(nearest(k.rpartition('.')[2], names)), None)
         raise RunError('; '.join(f'unknown parameter {k!r}' + (f': did you mean {n!r}?' if (n := near(k, names)) else f': known are {", ".join(names)}') for k, names in wrong))
 
-# %% ../nbs/06_cluster.ipynb #a9bebd91
+# %% ../nbs/06_cluster.ipynb #aec07c97
 MIN_DISK = 2e9  # bytes that a run with the default model writes at most
 
 def look_first(planned:dict[str,dict]):
@@ -170,7 +170,7 @@ def run_all(planned:dict[str,dict], folder:Path, # step → parameters; the run'
         with atomic(done_mark(folder, step)) as f: f.write_text(json.dumps(dict(key=keys[step], records=sorted(made), seconds=round(time.time()-start, 1)), indent=1))
         console.print(f'{head}  {time.time()-start:.0f} s')
 
-# %% ../nbs/06_cluster.ipynb #99bbe518
+# %% ../nbs/06_cluster.ipynb #11d0427e
 def _percent(m) -> str:
     "A share as a person says it, with its interval."
     between = f" [{m['interval'][0]:.0%}, {m['interval'][1]:.0%}]" if m['interval'] else ''
@@ -179,7 +179,7 @@ def _percent(m) -> str:
 def _speaker_lines(bench:list[dict]) -> list[str]:
     "What the questions who is speaking have shown."
     from yothalia.benchmark import right
-    from yothalia.stats import detectable, paired_difference
+    from yothalia.stats import paired_difference
     at = {r['what']['condition']: r for r in bench if r['what']['track'] == 'speaker' and r['what']['mode'] in ('cloze', 'rules')}
     if 'prompt' not in at: return ['Who is speaking could not be asked: that needs two characters of one language with personas.']
     acc, rules = {c: r['metrics']['accuracy sum'] for c, r in at.items() if c != 'none'}, at['none']['metrics']
@@ -189,13 +189,13 @@ def _speaker_lines(bench:list[dict]) -> list[str]:
     if 'both' in at:
         lines = {c: read_jsonl(at[c]['path'].parent/at[c]['questions']) for c in ('prompt', 'both')}
         a, b = (right(lines[c], 'sum') for c in ('prompt', 'both'))
-        d, n = paired_difference(a, b, [o['cluster'] for o in lines['both']]), len(a)
-        sure, seen = d['low'] > 0 or d['high'] < 0, detectable(n, max(float((a != b).mean()), 1/n))
-        out.append(f"Fine-tuned as well, in {_percent(acc['both'])}: {d['difference']*100:+.0f} points [{d['low']*100:+.0f}, {d['high']*100:+.0f}], "
+        d = paired_difference(a, b, [o['cluster'] for o in lines['both']])
+        sure, seen = d['low'] > 0 or d['high'] < 0, d['detectable']
+        out.append(f"Fine-tuned as well, in {_percent(acc['both'])}: {d['difference']*100:+.0f} points [{d['low']*100:+.0f}, {d['high']*100:+.0f}], {d['clusters']} characters resampled: "
                    + ('an effect.' if sure else f'not established; {seen*100:.0f} points would have been found in 80 of 100 such runs.'))
     return out
 
-# %% ../nbs/06_cluster.ipynb #4b7b115a
+# %% ../nbs/06_cluster.ipynb #54cda60e
 def _reply_lines(bench:list[dict]) -> list[str]:
     "What the tracks on which replies vary have shown."
     from yothalia.benchmark import headline_of
@@ -209,7 +209,7 @@ def _reply_lines(bench:list[dict]) -> list[str]:
                    f"; chance is {rules['chance']['value']:.0%}, the best rule without a model ({best}) gets {rules[best]['value']:.0%}. That is found mostly without knowing who speaks.")
     return out
 
-# %% ../nbs/06_cluster.ipynb #bbcb9c59
+# %% ../nbs/06_cluster.ipynb #b167cafb
 def _loss_line(lora:list[dict]) -> list[str]:
     "What persona and adapter do to the likelihood of held-out replies."
     m, said = lora[0]['metrics'] if lora else {}, []
@@ -321,7 +321,7 @@ def run(recipe: Annotated[Path, typer.Argument(help='YAML file with parameters')
     except (RunError, ModelError, ValueError) as e:
         console.print(f'[bold red]Stopped:[/] ', end=''); console.print(str(e), markup=False, highlight=False, soft_wrap=True); raise typer.Exit(1)
 
-# %% ../nbs/06_cluster.ipynb #3bf68244
+# %% ../nbs/06_cluster.ipynb #49e9f9ba
 @app.command()
 def check(data: Annotated[str, typer.Argument(help='a file, "sample", or a data set by name')],
           parameter: Annotated[list[str], typer.Option('-p', help='name=value of 01_data, such as character=Ghost')] = [],
