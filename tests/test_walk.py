@@ -13,7 +13,7 @@ from yothalia.rows import DataError
 ROOT, BIN = Path(__file__).parent.parent, Path(sys.executable).parent
 TINY = ['train_rows=3', 'valid_rows=1', 'evals=1', 'batch=3', 'replies=1', 'reply_tokens=2', 'precisions=[bf16]', 'loss_rows=1', 'prompts=1', 'new_tokens=2',
         'tracks=[speaker, random]', 'questions=1', 'modes=[cloze]', 'iteration_rows=1', 'iteration_questions=1', 'matmul_size=256']
-MORE = ['train_rows=6', 'batch=2', 'precisions=[bf16, nf4]', 'questions=2', 'modes=[cloze, letter, generate]']  # for the walks by command
+MORE = ['train_rows=6', 'batch=2', 'precisions=[bf16, nf4]', 'questions=2', 'modes=[cloze, letter, generate]', 'merged=true']  # for the walks by command
 
 
 def the_run(step, params):
@@ -122,6 +122,15 @@ def ended(out, lora=True):
     return got
 
 
+def same_merged(out):
+    "The merged model says what base and adapter say."
+    import torch
+    from yothalia.models import load_model, load_tokenizer
+    ids = load_tokenizer('smollm2-135m')('Who are you, and what is in the pot?', return_tensors='pt')['input_ids']
+    with torch.inference_mode(): one, two, base = (m(ids).logits[0].float().log_softmax(-1) for m in (load_model(str(out/'merged')), load_model(adapter=str(out/'adapter')), load_model()))
+    assert (one-two).abs().mean() < .1 and (base-two).abs().mean() > 0
+
+
 @pytest.mark.parametrize('make', [messages, japanese, two_languages, long_replies, long_personas, twelve, tavern], ids=lambda m: m.__name__)
 def test_walk(make, tmp_path):
     path, given = written(make, tmp_path)
@@ -152,6 +161,7 @@ def test_walk_by_command(make, tmp_path):
     records = ended(ROOT/'_runs'/name)
     conditions = {r['what']['condition'] for r in records['benchmark']} - {'none'}
     if make is alpaca: assert conditions == {'base', 'lora'} and 'prompt and both are left out' in got.stdout and 'my-girl' in got.stdout, got.stdout
+    if make is alpaca: same_merged(ROOT/'_runs'/name)
     if make is transcript: assert conditions == {'base', 'prompt', 'lora', 'both'} and 'QUEEN' in got.stdout
     shutil.rmtree(ROOT/'_runs'/name)
 

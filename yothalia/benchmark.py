@@ -50,7 +50,7 @@ class BenchmarkConfig(Config):
     max_context: int = Field(2048, ge=64)
     seed: int = Field(0, ge=0, lt=2**32)
 
-# %% ../nbs/04_benchmark.ipynb #a5878413
+# %% ../nbs/04_benchmark.ipynb #4de6cf7c
 def conditions(qs:list[dict], # questions of one track
                adapter:bool) -> list[str]: # keys of `CONDITIONS`
     "In which conditions these questions can be asked."
@@ -110,7 +110,7 @@ def prior_scores(model, tok, replies:list[str], path:Path, key:str, max_reply:in
     lines = write_lines(path, key, [content_hash(g) for g in groups], score, 'replies alone')
     return {r: s for g, o in zip(groups, lines) for r, s in zip(g, o['nats'])}
 
-# %% ../nbs/04_benchmark.ipynb #15391d43
+# %% ../nbs/04_benchmark.ipynb #c2e0f60f
 def by_question(model, items:list[list[Item]], # the items of each question
                 budget:int, done=frozenset() # numbers of questions that need no score
                ): # yields (number of the question, the scores of its items)

@@ -17,7 +17,7 @@ import typer, yaml
 from rich.console import Console
 from rich.table import Table
 from .core import *
-from .models import ModelError, find_adapter, find_model, known_precision
+from .models import EMBEDDED, ModelError, find_adapter, find_memory, find_model, known_precision
 from .rows import DataError
 
 # %% ../nbs/06_cluster.ipynb #91c8a2cd
@@ -55,7 +55,7 @@ def plan(recipe:dict, # from the YAML file
     _check_names(flat, own, known)
     return {s: {k: v for k, v in (flat | own[s]).items() if k in known[s]} for s in steps}
 
-# %% ../nbs/06_cluster.ipynb #08dab5ae
+# %% ../nbs/06_cluster.ipynb #f787c5d8
 def _value(text:str, defaults:list, given:str):
     "A value from the command line: text where the notebook has text, else read as YAML."
     if any(isinstance(d, str) for d in defaults): return text
@@ -71,7 +71,7 @@ def _check_names(flat:dict, own:dict, known:dict):
         def near(k, names): return next(iter(nearest(k.rpartition('.')[2], names)), None)
         raise RunError('; '.join(f'unknown parameter {k!r}' + (f': did you mean {n!r}?' if (n := near(k, names)) else f': known are {", ".join(names)}') for k, names in wrong))
 
-# %% ../nbs/06_cluster.ipynb #aec07c97
+# %% ../nbs/06_cluster.ipynb #31bdb1d7
 MIN_DISK = 2e9  # bytes that a run with the default model writes at most
 
 def look_first(planned:dict[str,dict]):
@@ -81,6 +81,8 @@ def look_first(planned:dict[str,dict]):
         for p in [params['precision']] if 'precision' in params else params.get('precisions') or []: known_precision(str(p))
         if (a := params.get('adapter')) and a != 'auto': find_adapter(a)
     for m in dict.fromkeys(p['model'] for p in planned.values() if 'model' in p): find_model(str(m))
+    for p in planned.values():
+        for q in [p['precision']] if 'precision' in p else []: find_memory(str(p.get('model', EMBEDDED)), str(q))
     free = shutil.disk_usage(next(p for p in (rooted('_runs'), *rooted('_runs').parents) if p.exists())).free
     if free < MIN_DISK: raise RunError(f'The disk has {free/1e9:.1f} GB free, and a run writes up to {MIN_DISK/1e9:.0f} GB: free some space.')
     d = planned.get('01_data', {})
@@ -170,7 +172,7 @@ def run_all(planned:dict[str,dict], folder:Path, # step → parameters; the run'
         with atomic(done_mark(folder, step)) as f: f.write_text(json.dumps(dict(key=keys[step], records=sorted(made), seconds=round(time.time()-start, 1)), indent=1))
         console.print(f'{head}  {time.time()-start:.0f} s')
 
-# %% ../nbs/06_cluster.ipynb #11d0427e
+# %% ../nbs/06_cluster.ipynb #7caa3865
 def _percent(m) -> str:
     "A share as a person says it, with its interval."
     between = f" [{m['interval'][0]:.0%}, {m['interval'][1]:.0%}]" if m['interval'] else ''
@@ -195,7 +197,7 @@ def _speaker_lines(bench:list[dict]) -> list[str]:
                    + ('an effect.' if sure else f'not established; {seen*100:.0f} points would have been found in 80 of 100 such runs.'))
     return out
 
-# %% ../nbs/06_cluster.ipynb #54cda60e
+# %% ../nbs/06_cluster.ipynb #b922ab82
 def _reply_lines(bench:list[dict]) -> list[str]:
     "What the tracks on which replies vary have shown."
     from yothalia.benchmark import headline_of
@@ -209,7 +211,7 @@ def _reply_lines(bench:list[dict]) -> list[str]:
                    f"; chance is {rules['chance']['value']:.0%}, the best rule without a model ({best}) gets {rules[best]['value']:.0%}. That is found mostly without knowing who speaks.")
     return out
 
-# %% ../nbs/06_cluster.ipynb #b167cafb
+# %% ../nbs/06_cluster.ipynb #c86da530
 def _loss_line(lora:list[dict]) -> list[str]:
     "What persona and adapter do to the likelihood of held-out replies."
     m, said = lora[0]['metrics'] if lora else {}, []
@@ -271,7 +273,7 @@ def _three_lines(folder:Path, console:Console):
     file = next(iter(sorted(folder.rglob('lora.replies.jsonl'))), None)
     lines = read_jsonl(file) if file else []
     shown = [c for c in ('base', 'prompt', 'lora', 'both', 'author') if lines and c in lines[0]]
-    if 'both' in shown: shown.remove('lora')
+    if 'both' in shown: shown = [c for c in shown if c != 'lora']
     for o in lines:
         console.print(f"\n{o['character']} is asked: {o['user']}", style='bold', markup=False, highlight=False)
         for c in shown: console.print(f"  {c:7s}{' '.join(o[c].split())[:300] or '(nothing)'}", markup=False, highlight=False)
@@ -321,7 +323,7 @@ def run(recipe: Annotated[Path, typer.Argument(help='YAML file with parameters')
     except (RunError, ModelError, ValueError) as e:
         console.print(f'[bold red]Stopped:[/] ', end=''); console.print(str(e), markup=False, highlight=False, soft_wrap=True); raise typer.Exit(1)
 
-# %% ../nbs/06_cluster.ipynb #49e9f9ba
+# %% ../nbs/06_cluster.ipynb #e9f40df0
 @app.command()
 def check(data: Annotated[str, typer.Argument(help='a file, "sample", or a data set by name')],
           parameter: Annotated[list[str], typer.Option('-p', help='name=value of 01_data, such as character=Ghost')] = [],

@@ -37,12 +37,12 @@ class DataConfig(RowsConfig):
     test_share: float = Field(0.25, gt=0, lt=0.9)
     seed: int = Field(0, ge=0, lt=2**32)
 
-# %% ../nbs/01_data.ipynb #ff1bd066
+# %% ../nbs/01_data.ipynb #76a60963
 def sample_rows() -> list[dict]:
     "The rows of the shipped sample."
     return read_rows(package_dir()/'sample'/'rows.jsonl')[0]
 
-# %% ../nbs/01_data.ipynb #a87921c4
+# %% ../nbs/01_data.ipynb #49e2b4c9
 def lesson_rows(n:int=8, # of each character
                 characters=('sherlock-holmes', 'captain-marrow', 'li-bai', 'sun-wukong')) -> list[dict]:
     "A few rows of the sample, for lessons."
@@ -166,7 +166,7 @@ def clean_rows(rows:list[dict], # from `read_source`
         else: out.append(new)
     return out, rejects, changed
 
-# %% ../nbs/01_data.ipynb #30e3c1f5
+# %% ../nbs/01_data.ipynb #1544c862
 def normal(text:str) -> str:
     "Text for comparison: case folded, letters and digits only."
     return re.sub(r'[\W_]+', '', unicodedata.normalize('NFKC', text).casefold())
@@ -177,7 +177,7 @@ def ngrams(norm:str, n:int=5) -> frozenset[str]:
 
 def jaccard(a:frozenset, b:frozenset) -> float: return len(a & b)/len(a | b)
 
-# %% ../nbs/01_data.ipynb #4f06e320
+# %% ../nbs/01_data.ipynb #81e8ffa1
 def minhash(norms:list[str], # normal forms
             perms:int=64, n:int=5) -> np.ndarray: # (texts, perms) uint32
     "MinHash signatures; random orders are multiply-shift hashes of polynomial hashes of the n-grams."
@@ -194,7 +194,7 @@ def minhash(norms:list[str], # normal forms
     starts = np.concatenate([[0], (size-n+1).cumsum()[:-1]])
     return np.stack([np.minimum.reduceat(((h*x+y) >> np.uint64(32)).astype(np.uint32), starts) for x, y in zip(a, b)], 1)
 
-# %% ../nbs/01_data.ipynb #b8fb1501
+# %% ../nbs/01_data.ipynb #6ff05084
 def _candidates(sig:np.ndarray, # from `minhash`
                 rows:int=4, most:int=30):
     "Pairs of texts that agree in a band; in a crowd of more than `most`, each with the first and with its neighbour."
@@ -248,7 +248,7 @@ def script(text:str) -> str:
     best = max(n, key=n.get)
     return best if n[best] else ''
 
-# %% ../nbs/01_data.ipynb #92fe1f2f
+# %% ../nbs/01_data.ipynb #53ca706b
 @functools.cache
 def _identifier():
     from py3langid.langid import LanguageIdentifier, MODEL_FILE
@@ -271,7 +271,7 @@ def plausible(rows:list[dict], kind:str, # rows of one script
     votes = Counter(_identifier().classify(t)[0] for t in long)
     return [l for l, n in votes.items() if n >= .1*sum(votes.values())]
 
-# %% ../nbs/01_data.ipynb #faa7017d
+# %% ../nbs/01_data.ipynb #ed98de3e
 def languages(rows:list[dict]) -> list[str]: # BCP-47 tags
     "The language of each row: its own tag, else by script, else the likeliest of those that the file is in."
     kinds = [r['lang'] or script(r['reply']) or script(r['user']) or next(filter(None, (script(t['text']) for t in reversed(r['history']))), '') for r in rows]
@@ -288,7 +288,7 @@ def languages(rows:list[dict]) -> list[str]: # BCP-47 tags
         return there[k][0] if len(there[k]) == 1 else next(l for l, _ in _identifier().rank(_said(r, k)) if l in there[k])
     return [tag(r, k) for r, k in zip(rows, kinds)]
 
-# %% ../nbs/01_data.ipynb #5853af35
+# %% ../nbs/01_data.ipynb #480b150c
 _SAYS = re.compile(r"^(?:(?:(?:please|now),? |i want you to |i'd like you to |let's |in this role-?play,? |from now on,? |imagine (?:that )?|imagine being |assume (?:that )?|suppose (?:that )?|pretend (?:that )?)*)"
                    r"(?:you are|you're|you will be|you will play|act as(?: if you(?:'re| are| were))?|acting as|play(?:ing)?(?: the role of| as)?|(?:take|assume)(?: on)? the (?:role|persona) of|"
                    r"role[- ]?play(?:ing)? as|(?:pretend|imagine) (?:to be|yourself as|yourself)|as|be|imagine being) "
@@ -305,7 +305,7 @@ def spoken_name(persona:str) -> str: # empty if the persona tells none
 
 def _slug(text:str) -> str: return re.sub(r'[\W_]+', '-', text.casefold())[:40].strip('-')
 
-# %% ../nbs/01_data.ipynb #031baca9
+# %% ../nbs/01_data.ipynb #7a0ed6ff
 def label_rows(rows:list[dict]) -> list[dict]:
     "Fill in language and character."
     names, taken = {}, {}  # persona → name; beginning → persona → number
@@ -351,7 +351,7 @@ def group_rows(rows:list[dict], # labelled rows
     i, j = np.array(pairs or [(0, 0)]).T
     return connected_components(coo_matrix((np.ones(len(i)), (i, j)), shape=(len(rows),)*2), directed=False)[1]
 
-# %% ../nbs/01_data.ipynb #e638b506
+# %% ../nbs/01_data.ipynb #778ad963
 def cut_scenes(rows:list[dict], least:int=20 # scenes that need no cutting
               ) -> list[dict]:
     "Rows with their long scenes cut into pieces, if there are fewer scenes than `least`."

@@ -371,7 +371,7 @@ def training_speed(log:list[dict], counts:dict, epochs:float) -> dict[str,dict]:
     share = 1 - counts['steps']['taken_up']/max(counts['steps']['done'], 1)
     return {'training time': metric(seconds, 's'), 'throughput with evaluation': metric(counts['train']['tokens']*epochs*share/seconds, 'tokens/s')} if share and seconds else {}
 
-# %% ../nbs/02_lora.ipynb #098cd5a6
+# %% ../nbs/02_lora.ipynb #bc4e095b
 def plot_gains(record:dict, # of this step
                ax=None):
     "What persona, adapter and both take off the loss of held-out replies, with the interval of that difference."

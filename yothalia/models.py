@@ -7,9 +7,9 @@ __all__ = ['PRECISIONS', 'PrecisionName', 'EMBEDDED', 'ALIASES', 'GGUF', 'GGUF_S
            'quantization_config', 'ModelError', 'cache_dir', 'embedded_model', 'gguf_model', 'gguf_architecture',
            'check_gguf', 'quiet', 'resolve_model', 'model_name', 'parameters', 'weights_bytes', 'check_memory',
            'load_tokenizer', 'load_model', 'load_adapter', 'switched', 'run_adapter', 'adapter_hash', 'speak',
-           'find_model', 'find_adapter', 'ModelsConfig']
+           'find_model', 'find_adapter', 'find_memory', 'ModelsConfig']
 
-# %% ../nbs/00a_models.ipynb #7a0275ee
+# %% ../nbs/00a_models.ipynb #b3d16df2
 import functools, json, os, re, shutil, struct, subprocess, sys, tempfile, time, warnings, zipfile
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from logging import getLogger
 from pathlib import Path
 from typing import Annotated
 
-# %% ../nbs/00a_models.ipynb #50664963
+# %% ../nbs/00a_models.ipynb #031496e6
 import psutil
 from filelock import FileLock
 from pydantic import AfterValidator
@@ -26,7 +26,7 @@ from .core import Config, Field
 
 getLogger('bitsandbytes').setLevel('ERROR')  # it complains of a kernel that it would fetch from the hub
 
-# %% ../nbs/00a_models.ipynb #45072e57
+# %% ../nbs/00a_models.ipynb #360a9b62
 @dataclass(frozen=True)
 class Precision:
     "How weights are held."
@@ -41,7 +41,7 @@ def _four(kind:str, double:bool=False) -> dict:
 PRECISIONS = {'fp32': Precision(32), 'bf16': Precision(16), 'int8': Precision(8, dict(load_in_8bit=True)),
               'nf4': Precision(4.5, _four('nf4')), 'nf4-dq': Precision(4.127, _four('nf4', True)), 'fp4': Precision(4.5, _four('fp4'))}
 
-# %% ../nbs/00a_models.ipynb #d9e89b76
+# %% ../nbs/00a_models.ipynb #9f441fe5
 @functools.cache
 def _explain_nf8(): print('There is no nf8: the 8-bit type of bitsandbytes is LLM.int8(), so the precision is int8.')
 
@@ -55,7 +55,7 @@ def known_precision(name:str # a key of `PRECISIONS`, or 'nf8'
 
 PrecisionName = Annotated[str, AfterValidator(known_precision)]  # the type in every configuration
 
-# %% ../nbs/00a_models.ipynb #632a2dca
+# %% ../nbs/00a_models.ipynb #60d44c86
 def quantization_config(precision:str # a key of `PRECISIONS`
                        ):
     "The bitsandbytes configuration of a precision; None where it needs none."
@@ -143,7 +143,7 @@ def gguf_model(path:str|Path # a GGUF file
     name = f'{p.stem}-{content_hash(p.name, p.stat().st_size, p.stat().st_mtime_ns)}'
     return _made(cache_dir()/'models'/name, lambda new, tmp: _unpack_gguf(p, new))
 
-# %% ../nbs/00a_models.ipynb #1a26c6c3
+# %% ../nbs/00a_models.ipynb #dbe4bf07
 def gguf_architecture(path:Path) -> str:
     "The architecture that a GGUF file names, read from its header (GGUF specification, version 3)."
     with open(path, 'rb') as f:
@@ -232,7 +232,7 @@ def weights_bytes(folder:str|Path, precision:str) -> float:
     bits = PRECISIONS[precision].bits
     return (linear*bits + other*max(bits, 16))/8
 
-# %% ../nbs/00a_models.ipynb #e714c3f9
+# %% ../nbs/00a_models.ipynb #b306c8fe
 def check_memory(folder:str|Path, # a local model folder
                  precision:str # a key of `PRECISIONS`
                 ):
@@ -297,7 +297,7 @@ def load_adapter(model, # a base model
     find_adapter(str(adapter))
     with quiet(): return PeftModel.from_pretrained(model, str(rooted(adapter)), autocast_adapter_dtype=False)  # in the model's precision, not in fp32: a quarter faster
 
-# %% ../nbs/00a_models.ipynb #1cded476
+# %% ../nbs/00a_models.ipynb #4fab7d7a
 def switched(model, on:bool # whether the adapter shall act
             ):
     "A context in which the adapter is on or off; a model without one is always off."
@@ -329,7 +329,7 @@ def speak(model, tok, # a model and its tokenizer
         out = model.generate(**ids, max_new_tokens=max_new_tokens, pad_token_id=tok.pad_token_id, **sampling)
     return tok.decode(out[0, ids['input_ids'].shape[1]:], skip_special_tokens=True).strip()
 
-# %% ../nbs/00a_models.ipynb #28eaeaf7
+# %% ../nbs/00a_models.ipynb #3e500fe2
 def find_model(name:str, # alias, hub id, local folder, or GGUF file
                timeout:float=2 # seconds that the hub is given
               ) -> str: # where it will come from, in a word
@@ -353,7 +353,16 @@ def find_adapter(adapter:str # a folder
         if not (p/need).exists(): raise ModelError(f'No adapter in {tidy(p)}: {need} is missing. Train one with 02_lora, or leave `adapter` empty.')
     if (p/'seal.json').exists() and not sealed(p): raise ModelError(f'The adapter in {tidy(p)} is not whole: its files do not match its seal. Train it again, or bring a whole copy.')
 
-# %% ../nbs/00a_models.ipynb #1f6cbac0
+# %% ../nbs/00a_models.ipynb #259b840a
+def find_memory(name:str, precision:str # a local model, a key of `PRECISIONS`
+               ):
+    "A `ModelError` at once for a local model whose weights cannot fit into this machine's memory; a GPU's is looked at when it is loaded."
+    p = _known_model(name)
+    if p is None or not p.is_dir() or Path('/proc/driver/nvidia').exists(): return
+    need, have = weights_bytes(p, known_precision(precision)), psutil.virtual_memory().total
+    if need > have: raise ModelError(f'{name} needs {need/1e9:.1f} GB at {precision}, and this machine has {have/1e9:.1f} GB: choose a smaller model, or precision nf4.')
+
+# %% ../nbs/00a_models.ipynb #f7a48b34
 class ModelsConfig(Config):
     "Parameters of this room; the names are the same in every room."
     model: str = EMBEDDED
