@@ -81,6 +81,7 @@ def guess_parameters(model:str) -> float|None:
     found = re.search(r'(\d+(?:\.\d+)?)\s*([bm])\b', model.lower())
     return float(found[1])*(1e9 if found[2] == 'b' else 1e6) if found else None
 
+# %% ../nbs/06a_check.ipynb #94243f9a
 def _rate() -> tuple[float, float, str]: # FLOP/s, share of it that training reaches, device
     "A quick look at the machine."
     import time, torch

@@ -83,6 +83,7 @@ def _members(path:Path) -> Iterator[tuple[str, bytes]]:
         if len(b) > left: _too_large(f'{path.name}, unpacked,')
         left -= len(b); yield Path(i.filename).name, b
 
+# %% ../nbs/00b_rows.ipynb #f1aa7f8f
 def read_bytes(path:str|Path) -> Iterator[tuple[str, bytes]]: # name and content; several for a zip
     "A file's bytes, unpacked if need be; a `DataError` if it is not there or too large."
     path = Path(path)
