@@ -188,13 +188,13 @@ def _speaker_lines(bench:list[dict]) -> list[str]:
     best = max((k for k in rules if k != 'chance'), key=lambda k: rules[k]['value'])
     out = [f"Who is speaking? Told the persona, the model finds its own line in {_percent(acc['prompt'])} of {acc['prompt']['n']} questions; "
            f"chance is {rules['chance']['value']:.0%}, and the best rule without a model ({best}) gets {rules[best]['value']:.0%}."]
-    if 'both' in at:
+    if 'both' in at and acc['both']['n'] > 1:
         lines = {c: read_jsonl(at[c]['path'].parent/at[c]['questions']) for c in ('prompt', 'both')}
         a, b = (right(lines[c], 'sum') for c in ('prompt', 'both'))
         d = paired_difference(a, b, [o['cluster'] for o in lines['both']])
         sure, seen = d['low'] > 0 or d['high'] < 0, d['detectable']
         out.append(f"Fine-tuned as well, in {_percent(acc['both'])}: {d['difference']*100:+.0f} points [{d['low']*100:+.0f}, {d['high']*100:+.0f}], {d['clusters']} characters resampled: "
-                   + ('an effect.' if sure else f'not established; {seen*100:.0f} points would have been found in 80 of 100 such runs.'))
+                   + ('an effect.' if sure else 'not established; ' + (f'{seen*100:.0f} points would have been found in 80 of 100 such runs.' if seen == seen else 'too few questions to find any difference.')))
     return out
 
 # %% ../nbs/06_cluster.ipynb #b922ab82
