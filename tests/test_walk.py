@@ -111,10 +111,7 @@ def written(make, folder):
     return folder/name, given
 
 
-SETS = [alpaca, messages, transcript, tavern, japanese, two_languages, long_replies, long_personas, twelve]
-
-
-def ended(out, lora=True):
+def ended(out):
     "What every walk must leave."
     got = {s: load_records(out/'records', step=s) for s in ('data', 'lora', 'quantization', 'benchmark', 'profiling')}
     assert all(got.values()), {s: len(r) for s, r in got.items()}
@@ -164,6 +161,3 @@ def test_walk_by_command(make, tmp_path):
     if make is alpaca: same_merged(ROOT/'_runs'/name)
     if make is transcript: assert conditions == {'base', 'prompt', 'lora', 'both'} and 'QUEEN' in got.stdout
     shutil.rmtree(ROOT/'_runs'/name)
-
-
-def test_every_set_is_used(): assert len(SETS) == 9
