@@ -98,7 +98,7 @@ def cost(done:dict, model:str=EMBEDDED, epochs:float=1) -> str:
     "Time and memory of a training on all training rows, in words."
     n = guess_parameters(model)
     if not n: return f'not known: neither a folder nor the name of {model} tells its size'
-    tokens = sum(guess_tokens(r['user'] + r['reply'] + ' '*24, model) + .5*guess_tokens(r['instruction'] or '', model) for r in done['train'])
+    tokens = sum(guess_tokens(r['user'] + r['reply'] + ' '*24, model) + .3*guess_tokens(r['instruction'] or '', model) for r in done['train'])
     rate, share, device = _rate()
     seconds, need = tokens*epochs*4*n/(rate*share), n*2/1e9 + 2
     took = f'{seconds:.0f} s' if seconds < 100 else f'{seconds/60:.0f} min' if seconds < 6000 else f'{seconds/3600:.0f} h'
