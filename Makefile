@@ -3,6 +3,9 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 SHELL   = /bin/bash
+JOBS   ?= 2
+# one thread for each of several jobs: small models leave a second thread half idle
+TOGETHER = OMP_NUM_THREADS=1
 
 .PHONY: run test setup lab export notebooks readme clean
 
@@ -14,9 +17,9 @@ ifdef NB
 	$(BIN)/python -m pytest -q tests/test_frame.py -k "sync or clean or defaults or $(NB)"
 	$(BIN)/nbdev_test --path nbs/$(NB).ipynb --n_workers 1 --do_print
 else
-	$(BIN)/python -m pytest -q tests/test_frame.py
-	$(BIN)/nbdev_test --n_workers 1 --do_print
-	$(BIN)/python -m pytest -q tests --ignore tests/test_frame.py
+	$(TOGETHER) $(BIN)/python -m pytest -q -n $(JOBS) tests/test_frame.py
+	$(TOGETHER) $(BIN)/nbdev_test --n_workers $(JOBS) --do_print
+	$(TOGETHER) $(BIN)/python -m pytest -q -n $(JOBS) --maxschedchunk 1 --durations 12 tests --ignore tests/test_frame.py
 endif
 
 setup: $(VENV)/installed

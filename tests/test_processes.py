@@ -7,8 +7,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 RUN = ROOT/'_runs'
-TINY = ['-p', 'train_rows=8', '-p', '02_lora.valid_rows=3', '-p', 'max_tokens=512', '-p', 'batch=2', '-p', 'evals=4', '-p', 'questions=3',
-        '-p', 'precisions=[bf16, nf4]']
+TINY = [a for p in ('train_rows=6', '02_lora.valid_rows=1', 'max_tokens=512', 'batch=2', 'evals=3', 'replies=1', 'reply_tokens=4') for a in ('-p', p)]
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from yothalia.rows import DataError
 ROOT, BIN = Path(__file__).parent.parent, Path(sys.executable).parent
 TINY = ['train_rows=3', 'valid_rows=1', 'evals=1', 'batch=3', 'replies=1', 'reply_tokens=2', 'precisions=[bf16]', 'loss_rows=1', 'prompts=1', 'new_tokens=2',
         'tracks=[speaker, random]', 'questions=1', 'modes=[cloze]', 'iteration_rows=1', 'iteration_questions=1', 'matmul_size=256']
-MORE = ['train_rows=6', 'batch=2', 'precisions=[bf16, nf4]', 'questions=2', 'modes=[cloze, letter, generate]', 'merged=true']  # for the walks by command
+MORE = {'alpaca': ['merged=true'], 'transcript': ['precisions=[nf4]', 'modes=[cloze, letter, generate]']}  # for the walks by command
 
 
 def the_run(step, params):
@@ -128,7 +128,24 @@ def same_merged(out):
     assert (one-two).abs().mean() < .1 and (base-two).abs().mean() > 0
 
 
-@pytest.mark.parametrize('make', [messages, japanese, two_languages, long_replies, long_personas, twelve, tavern], ids=lambda m: m.__name__)
+@pytest.mark.parametrize('make', [alpaca, transcript], ids=lambda m: m.__name__)
+def test_walk_by_command(make, tmp_path):
+    "The same by the command, each notebook in a kernel of its own."
+    name = f'test-walk-{make.__name__}'
+    shutil.rmtree(ROOT/'_runs'/name, ignore_errors=True)
+    path, given = written(make, tmp_path)
+    args = [a for g in (*TINY, *MORE[make.__name__], *given, f'data={path}') for a in ('-p', g)]
+    got = subprocess.run([str(BIN/'yothalia'), 'run', '--name', name, *args], cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert got.returncode == 0, got.stdout[-3000:] + got.stderr[-2000:]
+    records = ended(ROOT/'_runs'/name)
+    conditions = {r['what']['condition'] for r in records['benchmark']} - {'none'}
+    if make is alpaca: assert conditions == {'base', 'lora'} and 'prompt and both are left out' in got.stdout and 'my-girl' in got.stdout, got.stdout
+    if make is alpaca: same_merged(ROOT/'_runs'/name)
+    if make is transcript: assert conditions == {'base', 'prompt', 'lora', 'both'} and 'QUEEN' in got.stdout
+    shutil.rmtree(ROOT/'_runs'/name)
+
+
+@pytest.mark.parametrize('make', [long_personas, long_replies, two_languages, messages, japanese, twelve, tavern], ids=lambda m: m.__name__)
 def test_walk(make, tmp_path):
     path, given = written(make, tmp_path)
     planned = plan({}, [*TINY, f'data={path}', *given, f'out={tmp_path}/out'])
@@ -144,20 +161,3 @@ def test_walk(make, tmp_path):
     if make is long_replies: assert max(len(r['reply']) for r in rows) == 3000 and got['lora'][0]['metrics']['dropped rows']['value'] == 0
     if make is long_personas: assert any(r['what']['track'] == 'speaker' and r['what']['mode'] == 'cloze' for r in got['benchmark'])
     if make is twelve: assert {r['what']['track'] for r in got['benchmark']} == {'random'}  # one character: nobody else could have said it
-
-
-@pytest.mark.parametrize('make', [alpaca, transcript], ids=lambda m: m.__name__)
-def test_walk_by_command(make, tmp_path):
-    "The same by the command, each notebook in a kernel of its own."
-    name = f'test-walk-{make.__name__}'
-    shutil.rmtree(ROOT/'_runs'/name, ignore_errors=True)
-    path, given = written(make, tmp_path)
-    args = [a for g in (*TINY, *MORE, *given, f'data={path}') for a in ('-p', g)]
-    got = subprocess.run([str(BIN/'yothalia'), 'run', '--name', name, *args], cwd=ROOT, capture_output=True, text=True, timeout=900)
-    assert got.returncode == 0, got.stdout[-3000:] + got.stderr[-2000:]
-    records = ended(ROOT/'_runs'/name)
-    conditions = {r['what']['condition'] for r in records['benchmark']} - {'none'}
-    if make is alpaca: assert conditions == {'base', 'lora'} and 'prompt and both are left out' in got.stdout and 'my-girl' in got.stdout, got.stdout
-    if make is alpaca: same_merged(ROOT/'_runs'/name)
-    if make is transcript: assert conditions == {'base', 'prompt', 'lora', 'both'} and 'QUEEN' in got.stdout
-    shutil.rmtree(ROOT/'_runs'/name)

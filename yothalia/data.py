@@ -20,6 +20,7 @@ from typing import Literal
 # %% ../nbs/01_data.ipynb #bd0d6137
 import emoji, numpy as np, pandas as pd, regex
 from datasets import Dataset
+from filelock import FileLock
 from .core import *
 from .core import Config, Field
 from .rows import *
@@ -436,7 +437,9 @@ def load_split(out:str|Path, # the run's folder
 
 def ensure_data(out:str|Path, **given):
     "Prepare the shipped sample where nothing is prepared yet, so that every notebook can be run alone."
-    if not (rooted(out)/'data'/'test.jsonl').exists(): prepare(DataConfig(out=str(out), **given))
+    rooted(out).mkdir(parents=True, exist_ok=True)
+    with FileLock(rooted(out)/'data.lock'): # two notebooks may need the rows at once
+        if not (rooted(out)/'data'/'test.jsonl').exists(): prepare(DataConfig(out=str(out), **given))
 
 # %% ../nbs/01_data.ipynb #566220b1
 def data_hash(out:str|Path # the run's folder

@@ -33,7 +33,7 @@ class LoraConfig(Config):
     model: str = 'smollm2-135m'
     precision: PrecisionName = 'bf16'
     train_rows: int = Field(12, ge=0)
-    valid_rows: int = Field(4, ge=0)
+    valid_rows: int = Field(3, ge=0)
     epochs: float = Field(1.0, gt=0, le=100)
     batch: int = Field(4, ge=1)
     micro_batch: int = Field(1, ge=1)
@@ -46,7 +46,7 @@ class LoraConfig(Config):
     evals: int = Field(2, ge=1)
     merged: bool = False
     replies: int = Field(2, ge=0)
-    reply_tokens: int = Field(24, ge=1)
+    reply_tokens: int = Field(16, ge=1)
     seed: int = Field(0, ge=0, lt=2**32)
 
 # %% ../nbs/02_lora.ipynb #a2671d5f
@@ -213,7 +213,7 @@ class ReplyTrainer(Trainer):
     "Trainer that computes logits from the first target on, and leaves showing the log to the notebook."
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         labels = inputs['labels']
-        start = int((labels != -100).any(0).int().argmax())
+        start = max(int((labels != -100).any(0).int().argmax()), 1) # nothing comes before the first token
         out = model(input_ids=inputs['input_ids'], attention_mask=inputs['attention_mask'], use_cache=False, logits_to_keep=labels.shape[1]-start+1)
         targets = labels[:, start:].flatten()
         loss = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=-100, reduction='sum')

@@ -33,8 +33,8 @@ class ProfilingConfig(Config):
     out: str = '_runs/demo'
     model: str = 'smollm2-135m'
     precision: PrecisionName = 'bf16'
-    iteration_rows: int = Field(2, ge=1)
-    iteration_questions: int = Field(2, ge=1)
+    iteration_rows: int = Field(1, ge=1)
+    iteration_questions: int = Field(1, ge=1)
     micro_batch: int = Field(1, ge=1)
     rank: int = Field(16, ge=1)
     max_tokens: int = Field(1024, ge=16)

@@ -28,8 +28,8 @@ class QuantizationConfig(Config):
     model: str = 'smollm2-135m'
     adapter: str = 'auto'
     precisions: list[PrecisionName] = Field(list(PRECISIONS), min_length=1)
-    loss_rows: int = Field(3, ge=0)
-    prompts: int = Field(2, ge=1)
+    loss_rows: int = Field(2, ge=0)
+    prompts: int = Field(1, ge=1)
     new_tokens: int = Field(4, ge=2)
     max_tokens: int = Field(0, ge=0)
     seed: int = Field(0, ge=0, lt=2**32)
