@@ -1,5 +1,5 @@
 """Rows as people have them, walked from the file to the end: data, LoRA, quantization, benchmark, profiling."""
-import importlib, inspect, json, os, shutil, subprocess, sys
+import importlib, inspect, json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ from yothalia.rows import DataError
 ROOT, BIN = Path(__file__).parent.parent, Path(sys.executable).parent
 TINY = ['train_rows=3', 'valid_rows=1', 'evals=1', 'batch=3', 'replies=1', 'reply_tokens=2', 'precisions=[bf16]', 'loss_rows=1', 'prompts=1', 'new_tokens=2',
         'tracks=[speaker, random]', 'questions=1', 'modes=[cloze]', 'iteration_rows=1', 'iteration_questions=1', 'matmul_size=256']
-MORE = {'alpaca': ['merged=true'], 'transcript': ['precisions=[nf4]', 'modes=[cloze, letter, generate]']}  # for the walks by command
+MORE = {'alpaca': ['merged=true', 'batch=1', 'evals=3'], 'transcript': ['precisions=[nf4]', 'modes=[cloze, letter, generate]']}  # for the walks by command
 
 
 def the_run(step, params):
@@ -125,24 +125,61 @@ def same_merged(out):
     from yothalia.models import load_model, load_tokenizer
     ids = load_tokenizer('smollm2-135m')('Who are you, and what is in the pot?', return_tensors='pt')['input_ids']
     with torch.inference_mode(): one, two, base = (m(ids).logits[0].float().log_softmax(-1) for m in (load_model(str(out/'merged')), load_model(adapter=str(out/'adapter')), load_model()))
-    assert (one-two).abs().mean() < .1 and (base-two).abs().mean() > 0
+    apart = lambda a, b: float((a-b).abs().mean())
+    assert 0 < apart(one, two) < apart(base, two)/2, (apart(one, two), apart(base, two))  # weights in bf16 are rounded, and no more
 
 
-@pytest.mark.parametrize('make', [alpaca, transcript], ids=lambda m: m.__name__)
-def test_walk_by_command(make, tmp_path):
-    "The same by the command, each notebook in a kernel of its own."
+@pytest.fixture
+def command(request, tmp_path):
+    "The command line that walks a set of rows, each notebook in a kernel of its own, and the folder of its run."
+    make = request.param
     name = f'test-walk-{make.__name__}'
     shutil.rmtree(ROOT/'_runs'/name, ignore_errors=True)
     path, given = written(make, tmp_path)
     args = [a for g in (*TINY, *MORE[make.__name__], *given, f'data={path}') for a in ('-p', g)]
-    got = subprocess.run([str(BIN/'yothalia'), 'run', '--name', name, *args], cwd=ROOT, capture_output=True, text=True, timeout=900)
-    assert got.returncode == 0, got.stdout[-3000:] + got.stderr[-2000:]
-    records = ended(ROOT/'_runs'/name)
-    conditions = {r['what']['condition'] for r in records['benchmark']} - {'none'}
-    if make is alpaca: assert conditions == {'base', 'lora'} and 'prompt and both are left out' in got.stdout and 'my-girl' in got.stdout, got.stdout
-    if make is alpaca: same_merged(ROOT/'_runs'/name)
-    if make is transcript: assert conditions == {'base', 'prompt', 'lora', 'both'} and 'QUEEN' in got.stdout
+    yield [str(BIN/'yothalia'), 'run', '--name', name, *args], ROOT/'_runs'/name
     shutil.rmtree(ROOT/'_runs'/name)
+
+
+def run(cmd): return subprocess.run(cmd, cwd=ROOT, capture_output=True, text=True, timeout=900)
+
+
+def interrupted(cmd, out):
+    "What a run says that gets Ctrl-C in the middle of the training, after its first checkpoint."
+    p = subprocess.Popen(cmd, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a shell's background job ignores Ctrl-C, and hands that down
+    deadline = time.time() + 240
+    while not list((out/'checkpoints').glob('*/checkpoint-*/seal.json')):
+        assert p.poll() is None and time.time() < deadline, p.stdout.read()
+        time.sleep(.1)
+    os.killpg(p.pid, signal.SIGINT)
+    said = p.communicate(timeout=120)[0]
+    assert p.returncode == 130, said
+    return said
+
+
+@pytest.mark.parametrize('command', [alpaca], ids=lambda m: m.__name__, indirect=True)
+def test_walk_interrupted(command):
+    "Without personas, interrupted in the training; the same command goes on to the end and repeats nothing that was done."
+    cmd, out = command
+    assert 'goes on from there' in interrupted(cmd, out)
+    assert not (out/'adapter').exists() and (out/'02_lora.ipynb').exists()
+    got = run(cmd)
+    assert got.returncode == 0 and '01_data  done before, skipped' in got.stdout, got.stdout[-3000:] + got.stderr[-2000:]
+    assert {r['what']['condition'] for r in ended(out)['benchmark']} - {'none'} == {'base', 'lora'}
+    assert 'prompt and both are left out' in got.stdout and 'my-girl' in got.stdout, got.stdout
+    same_merged(out)
+    assert run(cmd).stdout.count('skipped') == len(STEPS)
+    other = run([*cmd, '-p', 'seed=5', '--steps', '01_data'])  # all that follows depends on it
+    assert other.stdout.count('skipped') == 0 and other.returncode == 0, other.stdout
+
+
+@pytest.mark.parametrize('command', [transcript], ids=lambda m: m.__name__, indirect=True)
+def test_walk_by_command(command):
+    cmd, out = command
+    got = run(cmd)
+    assert got.returncode == 0, got.stdout[-3000:] + got.stderr[-2000:]
+    assert {r['what']['condition'] for r in ended(out)['benchmark']} - {'none'} == {'base', 'prompt', 'lora', 'both'} and 'QUEEN' in got.stdout
 
 
 @pytest.mark.parametrize('make', [long_personas, long_replies, two_languages, messages, japanese, twelve, tavern], ids=lambda m: m.__name__)

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['NORMALISATIONS', 'SCORERS', 'about', 'READINGS', 'BenchmarkConfig', 'conditions', 'question_item', 'normalised',
-           'kept', 'write_lines', 'prior_scores', 'by_question', 'score_speaker', 'score_cloze', 'original_prompt',
-           'ask', 'label_ids', 'rotated', 'letter_items', 'score_letter', 'parse_strict', 'parse_lenient', 'answered',
-           'score_generate', 'accuracy', 'mcnemar', 'right', 'summary', 'score_all', 'key_of_prior', 'described',
-           'choose_headline', 'in_mode', 'benchmark', 'one_record', 'headline_of', 'accuracy_table', 'brief_table',
-           'comparisons', 'plot_accuracy']
+           'kept', 'write_lines', 'prior_scores', 'pair', 'score_once', 'by_question', 'score_speaker', 'score_cloze',
+           'original_prompt', 'ask', 'label_ids', 'rotated', 'letter_items', 'score_letter', 'parse_strict',
+           'parse_lenient', 'answered', 'score_generate', 'accuracy', 'mcnemar', 'right', 'summary', 'score_all',
+           'key_of_prior', 'described', 'split_kind', 'dev_questions_of', 'choose_headline', 'in_mode', 'benchmark',
+           'one_record', 'headline_of', 'accuracy_table', 'brief_table', 'plot_accuracy']
 
 # %% ../nbs/04_benchmark.ipynb #83db4014
-import json, re
-from collections import defaultdict
+import hashlib, json, re
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Literal
 
@@ -35,7 +35,7 @@ class BenchmarkConfig(Config):
     model: str = 'smollm2-135m'
     precision: PrecisionName = 'bf16'
     adapter: str = 'auto'
-    tracks: list[TrackName] = Field(['speaker', 'random', 'hard'], min_length=1)
+    tracks: list[TrackName] = Field(['speaker', 'voice', 'random'], min_length=1)
     otherwise: list[TrackName] = ['random']
     questions: int = Field(4, ge=0)
     options: int = Field(5, ge=3, le=10)
@@ -110,32 +110,53 @@ def prior_scores(model, tok, replies:list[str], path:Path, key:str, max_reply:in
     lines = write_lines(path, key, [content_hash(g) for g in groups], score, 'replies alone')
     return {r: s for g, o in zip(groups, lines) for r, s in zip(g, o['nats'])}
 
+# %% ../nbs/04_benchmark.ipynb #9e1eccb1
+def pair(context, choice) -> bytes: # of token ids
+    "A short name for a choice after a context."
+    return hashlib.blake2b(context.tobytes() + b'|' + choice.tobytes(), digest_size=16).digest()
+
+def score_once(model, items:list[Item], budget:int, done=frozenset(), # numbers of items that need no score
+               known:dict|None=None # pair → nats, of this model with this adapter; it grows
+              ): # yields (number, nats of its choices)
+    "Scores of all items; what is known is not read again."
+    known, todo = {} if known is None else known, defaultdict(list)
+    for k, i in enumerate(items):
+        if k in done: continue
+        pairs = tuple(pair(i.context, c) for c in i.choices)
+        if all(p in known for p in pairs): yield k, np.array([known[p] for p in pairs])
+        else: todo[pairs].append(k)
+    each = list(todo.items())
+    for j, s in score_items(model, [items[ks[0]] for _, ks in each], budget):
+        pairs, ks = each[j]
+        known.update(zip(pairs, s.tolist()))
+        yield from ((k, s) for k in ks)
+
 # %% ../nbs/04_benchmark.ipynb #c2e0f60f
 def by_question(model, items:list[list[Item]], # the items of each question
-                budget:int, done=frozenset() # numbers of questions that need no score
+                budget:int, done=frozenset(), known=None # numbers of questions that need no score; see `score_once`
                ): # yields (number of the question, the scores of its items)
     "Score questions that have several items each."
     owner = np.repeat(np.arange(len(items)), [len(i) for i in items])
     first, got = np.cumsum([0, *map(len, items)]), {}
     skip = frozenset(np.flatnonzero(np.isin(owner, list(done))).tolist())
-    for k, s in score_items(model, [i for some in items for i in some], budget, skip):
+    for k, s in score_once(model, [i for some in items for i in some], budget, skip, known):
         j = int(owner[k]); got.setdefault(j, {})[k-first[j]] = s
         if len(got[j]) == len(items[j]): yield j, [got[j][r] for r in range(len(items[j]))]; del got[j]
 
 # %% ../nbs/04_benchmark.ipynb #038e9980
-def score_speaker(model, tok, qs, cfg, done):
+def score_speaker(model, tok, qs, cfg, done, known=None):
     "Yields (number, log-likelihood of the reply under each persona: sum, and mean per token)."
     items = [[question_item(q | dict(instruction=p, choices=[q['reply']]), tok, True, cfg.max_reply, cfg.max_context) for p in q['choices']] for q in qs]
-    for k, s in by_question(model, items, cfg.budget, done):
+    for k, s in by_question(model, items, cfg.budget, done, known):
         sums = np.concatenate(s)
         yield k, dict(sum=np.round(sums, 5).tolist(), token=np.round(sums/len(items[k][0].choices[0]), 5).tolist())
 
-def score_cloze(model, tok, qs, cfg, done, persona:bool, prior=('', '')): # path and key of the file with the replies alone
+def score_cloze(model, tok, qs, cfg, done, persona:bool, prior=('', ''), known=None): # path and key of the file with the replies alone
     "Yields (number, scores of the choices) of the questions that are not done: by sum, token, byte and PMI, or by sum where the personas vary."
-    if TRACKS[qs[0].get('track', 'random')].varies == 'persona': yield from score_speaker(model, tok, qs, cfg, done); return
+    if TRACKS[qs[0].get('track', 'random')].varies == 'persona': yield from score_speaker(model, tok, qs, cfg, done, known); return
     items = [question_item(q, tok, persona, cfg.max_reply, cfg.max_context) for q in qs]
     priors = prior_scores(model, tok, [c for q in qs for c in q['choices']], *prior, cfg.max_reply, cfg.budget)
-    for k, s in score_items(model, items, cfg.budget, done): yield k, normalised(items[k], tok, s, np.array([priors[c] for c in qs[k]['choices']]))
+    for k, s in score_once(model, items, cfg.budget, done, known): yield k, normalised(items[k], tok, s, np.array([priors[c] for c in qs[k]['choices']]))
 
 # %% ../nbs/04_benchmark.ipynb #0ddb2f6c
 def original_prompt(q:dict, persona:bool=True) -> str:
@@ -169,7 +190,7 @@ def letter_items(q:dict, tok, persona:bool) -> list[Item]: # one for each rotati
     return [Item(tok(ask(rotated(q, r), tok, persona), add_special_tokens=False)['input_ids'] + start, [[l] for l in labels]) for r in range(len(q['choices']))]
 
 # %% ../nbs/04_benchmark.ipynb #5476b67a
-def score_letter(model, tok, qs, cfg, done, persona:bool, prior=None):
+def score_letter(model, tok, qs, cfg, done, persona:bool, prior=None, known=None):
     "Yields (number, mean log-probability of each choice over the rotations, and the numbers' in each rotation)."
     for k, s in by_question(model, [letter_items(q, tok, persona) for q in qs], cfg.budget, done):
         each = np.round(s, 5)
@@ -193,7 +214,7 @@ def answered(model, tok, q:dict, persona:bool, new_tokens:int=16, temperature:fl
     n = len(q['choices'])
     return dict(said=said, strict=parse_strict(said, n), lenient=parse_lenient(said, n))
 
-def score_generate(model, tok, qs, cfg, done, persona:bool, prior=None):
+def score_generate(model, tok, qs, cfg, done, persona:bool, prior=None, known=None):
     "Yields (number, what was said and how it is read)."
     for k, q in enumerate(qs):
         if k not in done: yield k, answered(model, tok, q, persona, temperature=cfg.temperature, seed=cfg.seed)
@@ -235,10 +256,11 @@ def summary(lines:list[dict], mode:str, headline:str='pmi') -> dict[str,dict]: #
 
 # %% ../nbs/04_benchmark.ipynb #6e977d77
 SCORERS = {'cloze': score_cloze, 'letter': score_letter, 'generate': score_generate}
-about = lambda q: {k: q[k] for k in ('cluster', 'lang', 'answer')}
+about = lambda q: {k: q[k] for k in ('cluster', 'lang', 'answer', 'set') if k in q}
 
 def score_all(cfg:BenchmarkConfig, model, tok, qs:list[dict], mode:str, condition:str, path:Path, # the per-question file
-              what:dict # what the record will say: part of the key
+              what:dict, # what the record will say: part of the key
+              known:dict|None=None # with and without the adapter, what was scored before
              ) -> list[dict]: # id, key, cluster, lang, answer, and the mode's scores
     "Score all questions of one track in one mode and condition."
     persona, on = CONDITIONS[condition]
@@ -246,7 +268,7 @@ def score_all(cfg:BenchmarkConfig, model, tok, qs:list[dict], mode:str, conditio
     key = content_hash(setting, (cfg.temperature, cfg.seed) if mode == 'generate' else 0)
     prior = rooted(cfg.out)/'priors'/f"{qs[0]['track']}-{what['questions_hash']}-{'adapter' if on else 'base'}.jsonl", key_of_prior(setting, on)
     with switched(model, on):
-        score = lambda done: ((k, about(qs[k]) | o) for k, o in SCORERS[mode](model, tok, qs, cfg, done, persona, prior))
+        score = lambda done: ((k, about(qs[k]) | o) for k, o in SCORERS[mode](model, tok, qs, cfg, done, persona, prior, None if known is None else known.setdefault(on, {})))
         return write_lines(path, key, [q['id'] for q in qs], score, f"{qs[0]['track']} {mode} {condition}")
 
 def key_of_prior(setting:list, on:bool) -> str:
@@ -257,15 +279,26 @@ def key_of_prior(setting:list, on:bool) -> str:
 # %% ../nbs/04_benchmark.ipynb #398afd55
 def described(cfg:BenchmarkConfig) -> dict:
     "What all records of a run have in common."
-    return dict(step='benchmark', model=model_name(cfg.model), precision=cfg.precision, data_hash=data_hash(cfg.out), options=cfg.options)
+    return dict(step='benchmark', model=model_name(cfg.model), precision=cfg.precision, data_hash=data_hash(cfg.out), options=cfg.options, split=split_kind(cfg.out))
+
+def split_kind(out:str|Path) -> str:
+    "What the test rows are to whoever learnt from the training rows."
+    seen, asked = ({r['character'] for r in read_jsonl(rooted(out)/'data'/f'{p}.jsonl')} for p in ('train', 'test'))
+    return 'unseen lines of known characters' if asked <= seen else 'unseen characters' if not asked & seen else 'known and unseen characters'
+
+def dev_questions_of(cfg:BenchmarkConfig, track:str) -> list[dict]:
+    "Questions of a track from the held-out rows, on which readings and rules are chosen; empty if there are none."
+    path = rooted(cfg.out)/'data'/'valid.jsonl'
+    try: return make_questions(read_jsonl(path), 0, cfg.options, cfg.seed, track) if path.exists() else []
+    except DataError: return []
 
 def choose_headline(cfg:BenchmarkConfig, model, tok, what:dict, # model, precision and the like
                     track:str) -> dict: # headline, and what it was chosen by
     "Choose the normalisation of `cloze` on held-out rows; ties go to the earlier in `NORMALISATIONS`."
     if TRACKS[track].varies == 'persona': return dict(headline='sum', chosen_by='nothing: the choices share one reply')
     if not cfg.dev_questions: return dict(headline='pmi', chosen_by='nothing: no dev questions')
-    try: dev, hits = make_questions(list(load_split(cfg.out, 'valid')), cfg.dev_questions, cfg.options, cfg.seed, track), defaultdict(list)
-    except DataError: return dict(headline='pmi', chosen_by='nothing: the held-out rows give no questions of this track')
+    dev, hits = dev_questions_of(cfg, track)[:cfg.dev_questions], defaultdict(list)
+    if len(dev) < 100: return dict(headline='pmi', chosen_by=f'nothing: {len(dev)} dev questions of this track are too few to choose by')
     for condition in [c for c in conditions(dev, False) if c in ('base', 'prompt')]:
         path = rooted(cfg.out)/'records'/f'dev-{track}-{condition}.questions.jsonl'
         setting = what | dict(mode='cloze', condition=condition, adapter='', questions_hash=questions_hash(dev))
@@ -283,23 +316,25 @@ def in_mode(cfg:BenchmarkConfig, qs:list[dict], mode:str, track:str) -> list[dic
 
 def benchmark(cfg:BenchmarkConfig, model, tok, tracks:dict[str,list[dict]], adapter:str='') -> list[dict]: # records
     "Score all questions in all modes and conditions; write a record for each, and one of the rules for each track."
-    base, out, folder = described(cfg), [], rooted(cfg.out)/'records'
+    base, out, folder, known = described(cfg), [], rooted(cfg.out)/'records', {}
     for f in folder.glob('benchmark-*.json'): f.unlink()  # of an earlier run; the lines are kept and taken up
     for track, qs in tracks.items():
         if not qs: continue
         chosen = choose_headline(cfg, model, tok, base, track)
         for mode in cfg.modes:
-            if some := in_mode(cfg, qs, mode, track): out += [one_record(cfg, model, tok, some, mode, c, base, chosen, adapter) for c in conditions(some, bool(adapter))]
+            if some := in_mode(cfg, qs, mode, track): out += [one_record(cfg, model, tok, some, mode, c, base, chosen, adapter, known) for c in conditions(some, bool(adapter))]
         alone = next((r['lines'] for r in out if (r['what']['track'], r['what']['mode']) == (track, 'cloze')), [])
-        out.append(save_rules(folder, qs, base, cfg.model_dump(), alone))
+        out.append(save_rules(folder, qs, base, cfg.model_dump(), alone, dev_questions_of(cfg, track)))
     return out
 
-def one_record(cfg, model, tok, qs:list[dict], mode:str, condition:str, base:dict, chosen:dict, adapter:str) -> dict:
+def one_record(cfg, model, tok, qs:list[dict], mode:str, condition:str, base:dict, chosen:dict, adapter:str, known:dict) -> dict:
     "Score one track in one mode and condition, and write its record."
     used = adapter_hash(adapter) if CONDITIONS[condition][1] else ''
     what = base | dict(track=qs[0]['track'], mode=mode, condition=condition, adapter=used, questions_hash=questions_hash(qs))
     path = rooted(cfg.out)/'records'/f"benchmark-{what['track']}-{mode}-{condition}.questions.jsonl"
-    lines = score_all(cfg, model, tok, qs, mode, condition, path, what)
+    sets = dict(Counter(q['made'] for q in qs if 'made' in q))
+    lines = score_all(cfg, model, tok, qs, mode, condition, path, what, known)
+    if sets: what['sets'] = sets
     if mode != 'generate': what['engine'] = road(model)
     what |= chosen if mode == 'cloze' else dict(temperature=cfg.temperature) if mode == 'generate' else {}
     return save_record(path.with_name(path.name.replace('.questions.jsonl', '.json')), what, summary(lines, mode, chosen['headline']), cfg.model_dump(), path) | dict(lines=lines)
@@ -331,33 +366,18 @@ def brief_table(records:list[dict]) -> pd.DataFrame: # one line per track and mo
     best = {}
     for r in records:
         if r['what']['mode'] == 'rules':
-            k = max((k for k in r['metrics'] if k not in ('chance', 'choices only')), key=lambda k: r['metrics'][k]['value'])
+            k = r['what']['rule']
             best[r['what']['track']] = f"{k} {r['metrics'][k]['value']:.2f}, chance {r['metrics']['chance']['value']:.2f}"
     table = accuracy_table([r for r in records if r['what']['mode'] != 'rules'])
     table = table[table['read by'].str.endswith('*') | (table['read by'] == 'format errors strict')].reset_index(drop=True)
     table['read by'] = table['read by'].str.rstrip('*').replace('format errors strict', 'format errors')
     return table.assign(**{'best rule': [best.get(t, '') if m == 'cloze' else '' for t, m in zip(table.track, table['mode'])]})
 
-# %% ../nbs/04_benchmark.ipynb #5347ea34
-def comparisons(records:list[dict], # with their per-question files
-                mode:str='cloze') -> pd.DataFrame:
-    "Paired differences between conditions on each track, by the headline, with the exact McNemar p."
-    out, some = [], [r for r in records if r['what'].get('mode') == mode]
-    for track in sorted({r['what']['track'] for r in some}, key=list(TRACKS).index):
-        at = {r['what']['condition']: r for r in some if r['what']['track'] == track}
-        lines = {c: read_jsonl(r['path'].parent/r['questions']) for c, r in at.items()}
-        for a, b in (('base', 'prompt'), ('base', 'lora'), ('prompt', 'both'), ('lora', 'both')):
-            if a in at and b in at and [o['id'] for o in lines[a]] == [o['id'] for o in lines[b]]:
-                d = mcnemar(*(right(lines[c], headline_of(at[b])) for c in (a, b)))
-                out.append({'track': track, 'from': a, 'to': b, 'difference': f"{d['difference']:+.3f}", 'won': d['won'], 'lost': d['lost'], 'p (McNemar, uncorrected)': f"{d['p']:.3g}"})
-    return pd.DataFrame(out)
-
 # %% ../nbs/04_benchmark.ipynb #68b4f5a1
 def _rules_of(got:dict, track:str) -> list[tuple[float, str, str]]: # value, marker, label
-    "The best rule and chance of a track."
-    m = got.get((track, 'rules'), {}).get('none', dict(metrics={}))['metrics']
-    rules = {k: v['value'] for k, v in m.items() if k not in ('chance', 'choices only')}
-    return ([(max(rules.values()), 'D', 'best rule')] if rules else []) + ([(m['chance']['value'], '|', 'chance')] if 'chance' in m else [])
+    "The rule that did best on held-out rows, and chance."
+    r = got.get((track, 'rules'), {}).get('none')
+    return [(r['metrics'][r['what']['rule']]['value'], 'D', 'best rule'), (r['metrics']['chance']['value'], '|', 'chance')] if r else []
 
 def plot_accuracy(records:list[dict], ax=None):
     "Accuracy by the headline in each track and mode with Wilson intervals; the best rule and chance."

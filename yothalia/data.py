@@ -6,8 +6,8 @@
 __all__ = ['SOURCES', 'STEPS', 'DataConfig', 'sample_rows', 'lesson_rows', 'split_prompt', 'simplified', 'read_hub',
            'read_source', 'strip_invisible', 'strip_emoji', 'strip_labels', 'strip_space', 'mend', 'cleaned',
            'clean_rows', 'normal', 'ngrams', 'jaccard', 'minhash', 'near_pairs', 'drop_duplicates', 'script',
-           'plausible', 'languages', 'spoken_name', 'label_rows', 'telling', 'group_rows', 'cut_scenes', 'split_rows',
-           'leaks', 'label_and_split', 'prepare', 'load_split', 'ensure_data', 'data_hash', 'personas']
+           'plausible', 'languages', 'spoken_name', 'label_rows', 'telling', 'group_rows', 'cut_scenes', 'crossed',
+           'split_rows', 'leaks', 'label_and_split', 'prepare', 'load_split', 'ensure_data', 'data_hash', 'personas']
 
 # %% ../nbs/01_data.ipynb #14844b21
 import functools, re, unicodedata
@@ -379,23 +379,42 @@ def _deal(strata, size:dict, shares:dict, rng) -> dict: # group → part
                 if g not in side and size[g] <= round(owed[part]): side[g] = part; owed[part] -= size[g]
     return side
 
+# %% ../nbs/01_data.ipynb #e1c70f25
+def crossed(rows:list[dict], least:int=3 # characters
+           ) -> list[list[int]]: # numbers of the rows of each such line
+    "Lines that several characters answered, in one language and after the same history."
+    at = defaultdict(list)
+    for i, r in enumerate(rows): at[r['lang'], normal(r['user']), tuple(normal(h['text']) for h in r.get('history') or [])].append(i)
+    return [of for of in at.values() if len({rows[i]['character'] for i in of}) >= least]
+
+def _crossed_first(rows, groups, size, most:float, rng) -> dict: # group → 'test'
+    "Give whole crossed lines to the test, drawn evenly, until it has `most` rows."
+    side, lines = {}, crossed(rows)
+    for k in rng.permutation(len(lines)) if lines else ():
+        new = {groups[i] for i in lines[k]} - side.keys()
+        if sum(size[g] for g in (*new, *side)) <= most: side |= dict.fromkeys(new, 'test')
+    return side
+
+# %% ../nbs/01_data.ipynb #c694ae39
 def split_rows(rows:list[dict], # labelled rows
                valid_share:float=0.1, test_share:float=0.25, # shares of rows
                by:str='auto', near:float=0.8, seed:int=0) -> dict[str,list[dict]]: # train, valid, test
-    "Deal whole groups out to test, validation and training; `cluster` does so within each character."
+    "Deal whole groups out to test, validation and training; `cluster` does so within each character, crossed lines first."
     if by == 'auto': by = 'character' if len({r['character'] for r in rows}) >= 50 else 'cluster'
     groups, rng, strata = group_rows(rows, by, near).tolist(), np.random.default_rng(seed), {}
-    size = Counter(groups)
+    size, n = Counter(groups), len(rows)
+    side = _crossed_first(rows, groups, size, test_share*n, rng) if by == 'cluster' else {}
     for r, g in zip(rows, groups): strata.setdefault('' if by == 'character' else r['character'], {}).setdefault(g)
-    seen, unique = set(), []
+    seen, unique = set(side), []
     for s in strata.values(): unique.append([g for g in s if g not in seen]); seen |= set(s)
-    side = _deal(unique, size, dict(test=test_share, valid=valid_share), rng)
-    left = sorted((g for g in size if g not in side), key=size.get)
+    left = n - (given := sum(size[g] for g in side))
+    side |= _deal(unique, size, dict(test=max(0, (test_share*n-given)/left), valid=min(1, valid_share*n/left)), rng) if left else {}
+    rest = sorted((g for g in size if g not in side), key=size.get)
     for part in ('test', 'valid'):  # too few rows for a share: the smallest group
-        if part not in side.values() and len(left) > 1: side[left.pop(0)] = part
+        if part not in side.values() and len(rest) > 1: side[rest.pop(0)] = part
     out = {p: [r for r, g in zip(rows, groups) if side.get(g, 'train') == p] for p in ('train', 'valid', 'test')}
     empty = [p for p, r in out.items() if not r]
-    if empty: raise DataError(f'{len(rows)} rows in {len(size)} groups leave nothing for {" and ".join(empty)}: bring more rows, or another split_by.')
+    if empty: raise DataError(f'{n} rows in {len(size)} groups leave nothing for {" and ".join(empty)}: bring more rows, or another split_by.')
     return out
 
 # %% ../nbs/01_data.ipynb #c8b85330

@@ -23,7 +23,7 @@ from .benchmark import question_item
 from .rows import DataError
 from .data import data_hash, ensure_data, lesson_rows, load_split
 from .lora import LoraConfig, ReplyTrainer, add_lora, collate, examples, token_budget
-from .scoring import auto_budget, road_costs, score_items
+from .scoring import Item, auto_budget, road_costs, score_items
 
 os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # torch's profiler writes its stages to stderr
 
