@@ -110,7 +110,7 @@ def prior_scores(model, tok, replies:list[str], path:Path, key:str, max_reply:in
     lines = write_lines(path, key, [content_hash(g) for g in groups], score, 'replies alone')
     return {r: s for g, o in zip(groups, lines) for r, s in zip(g, o['nats'])}
 
-# %% ../nbs/04_benchmark.ipynb #9e1eccb1
+# %% ../nbs/04_benchmark.ipynb #df16b077
 def pair(context, choice) -> bytes: # of token ids
     "A short name for a choice after a context."
     return hashlib.blake2b(context.tobytes() + b'|' + choice.tobytes(), digest_size=16).digest()
@@ -366,8 +366,7 @@ def brief_table(records:list[dict]) -> pd.DataFrame: # one line per track and mo
     best = {}
     for r in records:
         if r['what']['mode'] == 'rules':
-            k = r['what']['rule']
-            best[r['what']['track']] = f"{k} {r['metrics'][k]['value']:.2f}, chance {r['metrics']['chance']['value']:.2f}"
+            if (k := r['what'].get('rule')): best[r['what']['track']] = f"{k} {r['metrics'][k]['value']:.2f}, chance {r['metrics']['chance']['value']:.2f}"
     table = accuracy_table([r for r in records if r['what']['mode'] != 'rules'])
     table = table[table['read by'].str.endswith('*') | (table['read by'] == 'format errors strict')].reset_index(drop=True)
     table['read by'] = table['read by'].str.rstrip('*').replace('format errors strict', 'format errors')
@@ -377,7 +376,9 @@ def brief_table(records:list[dict]) -> pd.DataFrame: # one line per track and mo
 def _rules_of(got:dict, track:str) -> list[tuple[float, str, str]]: # value, marker, label
     "The rule that did best on held-out rows, and chance."
     r = got.get((track, 'rules'), {}).get('none')
-    return [(r['metrics'][r['what']['rule']]['value'], 'D', 'best rule'), (r['metrics']['chance']['value'], '|', 'chance')] if r else []
+    if not r: return []
+    rule = r['metrics'].get(r['what'].get('rule'))
+    return ([(rule['value'], 'D', 'best rule')] if rule else []) + [(r['metrics']['chance']['value'], '|', 'chance')]
 
 def plot_accuracy(records:list[dict], ax=None):
     "Accuracy by the headline in each track and mode with Wilson intervals; the best rule and chance."
