@@ -1,4 +1,4 @@
-"""The records of `make run` come from a recipe, at a clean commit of the history, with parameters that the code knows."""
+"""Every record in results/ comes from the recipe of its folder, at a clean commit of the history, with parameters that the code knows."""
 import importlib, subprocess
 from pathlib import Path
 
@@ -8,21 +8,22 @@ from yothalia.core import configure, load_records
 from yothalia.cluster import STEPS, plan
 
 ROOT = Path(__file__).parent.parent
-RECORDS = load_records(ROOT/'results'/'sample')
+FOLDERS = sorted(p for p in (ROOT/'results').iterdir() if p.is_dir())
+RECORDS = [(f.name, r) for f in FOLDERS for r in load_records(f)]
 step_of = {s[3:]: s for s in STEPS}
 
 
-def test_there_are_records_of_every_step(): assert {r['what']['step'] for r in RECORDS} >= set(step_of)
+def test_there_are_records_of_every_step(): assert {r['what']['step'] for n, r in RECORDS if n == 'sample'} >= set(step_of)
 
 
-@pytest.mark.parametrize('rec', RECORDS, ids=lambda r: r['path'].stem)
-def test_record(rec):
+@pytest.mark.parametrize('name, rec', RECORDS, ids=[f"{n}-{r['path'].stem}" for n, r in RECORDS])
+def test_record(name, rec):
     run, step = rec['run'], step_of[rec['what']['step']]
     assert run['commit'] and not run['dirty'], 'no clean commit'
     known = subprocess.run(['git', 'log', '--format=%H'], cwd=ROOT, capture_output=True, text=True).stdout.split()
     if len(known) > 1: assert run['commit'] in known, 'the commit is not in the history'
     room = importlib.import_module(f'yothalia.{step[3:]}')
     configure(getattr(room, f'{step[3:].title()}Config'), run['params'])
-    asked = plan(yaml.safe_load((ROOT/'runs'/'sample.yml').read_text()), [], [step])[step]
+    asked = plan(yaml.safe_load((ROOT/'runs'/f'{name}.yml').read_text()), [], [step])[step]
     assert {k: run['params'][k] for k in asked} == asked, 'other parameters than the recipe has'
     assert rec['questions'] is None or (rec['path'].parent/rec['questions']).exists()

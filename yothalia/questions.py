@@ -46,7 +46,7 @@ TRACKS = {'speaker': Track('Who is speaking?', 'persona'),
           'hard': Track('Which reply, among those to similar lines?'),
           'same-character': Track('Which reply, among others of the same character?', closed=False)}
 
-# %% ../nbs/04a_questions.ipynb #7a0fc6ea
+# %% ../nbs/04a_questions.ipynb #a4e9337c
 def known_track(name:str) -> str:
     "The name of a track, or a `ConfigError` that lists what there is."
     if name in TRACKS: return name
@@ -179,7 +179,7 @@ def drawn_questions(pool:Pool, options:int, track:str, near:float): # yields que
         chosen.insert(int(pool.rng(i, 2).integers(options)), i)
         yield question(pool, i, chosen, track)
 
-# %% ../nbs/04a_questions.ipynb #665541f5
+# %% ../nbs/04a_questions.ipynb #aa1a3e8d
 def crossed_sets(pool:Pool, options:int, near:float=0.8): # yields lists of rows
     "Sets of rows in which several characters answer one line, with one history, in one language."
     used = Counter()
@@ -190,7 +190,7 @@ def crossed_sets(pool:Pool, options:int, near:float=0.8): # yields lists of rows
             if len(chosen) < options and not any(alike(pool.rows[first[c]]['reply'], pool.rows[j]['reply'], near) for j in chosen): chosen.append(first[c])
         if len(chosen) >= min(3, options): used.update(pool.rows[j]['character'] for j in chosen); yield chosen
 
-# %% ../nbs/04a_questions.ipynb #dc50dad8
+# %% ../nbs/04a_questions.ipynb #70a61df0
 def near_sets(pool:Pool, options:int, near:float=0.8, apart:bool=False, # all of different characters
               least:float=0): # yields lists of rows; least: cosine similarity of the lines
     "Sets of rows with similar lines; each row is in one set at most."
@@ -205,7 +205,7 @@ def near_sets(pool:Pool, options:int, near:float=0.8, apart:bool=False, # all of
             if not any(j == c or same(pool.rows[c], pool.rows[j], near) for c in chosen): chosen.append(int(j))
         if len(chosen) >= min(3, options) and (len(chosen) == options or not apart): free[chosen] = False; yield chosen
 
-# %% ../nbs/04a_questions.ipynb #9eec3305
+# %% ../nbs/04a_questions.ipynb #dbcf9fb9
 def reply_sets(pool:Pool, options:int, track:str, near:float, line_near:float, enough:int=20): # yields (rows, how they were found)
     "The sets of a closed track in which the reply varies."
     sets = list(crossed_sets(pool, options, near)) if track == 'voice' else []
@@ -223,7 +223,7 @@ def closed_questions(pool:Pool, options:int, track:str, near:float, line_near:fl
         name = content_hash([pool.rows[j]['reply'] for j in order])
         yield from (question(pool, i, order, track, set=name, made=made) for i in order)
 
-# %% ../nbs/04a_questions.ipynb #30debdc6
+# %% ../nbs/04a_questions.ipynb #fb264833
 def make_questions(rows:list[dict], # test rows
                    n:int=0, # how many, sets being whole; 0 for all that the rows allow
                    options:int=5, # choices
@@ -258,7 +258,7 @@ def nearest_personas(who:dict[str,str], most:int=20 # character → persona of o
     names, personas = list(who), list(who.values())
     return {c: [names[j] for j in np.argsort(-like, kind='stable')[:most+1] if names[j] != c][:most] for c, like in zip(names, similarities(personas, personas))}
 
-# %% ../nbs/04a_questions.ipynb #4a68a706
+# %% ../nbs/04a_questions.ipynb #19f2abc2
 BLANK = '___'
 
 def names_in(persona:str) -> set[str]:
@@ -274,7 +274,7 @@ def mask(text:str, names:set[str]) -> str:
     text = re.sub(r"[^\W\d_][\w’'-]*", lambda m: BLANK if m[0] in names or re.sub(r"[’']s?$", '', m[0]) in names else m[0], text)
     return re.sub('|'.join(map(re.escape, short)), BLANK, text) if short else text
 
-# %% ../nbs/04a_questions.ipynb #28b36c49
+# %% ../nbs/04a_questions.ipynb #d0ab3414
 def _told_apart(order, who:dict, most:int, near:float) -> list[str]: # the first characters whose personas are no twins
     chosen = []
     for c in order:
@@ -308,7 +308,7 @@ def cast_sets(pool:Pool, options:int, near:float=0.8, close:bool=False): # yield
             if not of[c]: del of[c]
         if whole: yield took
 
-# %% ../nbs/04a_questions.ipynb #e374f70d
+# %% ../nbs/04a_questions.ipynb #eb17f035
 def speaker_questions(pool:Pool, options:int=5, track:str='speaker', near:float=0.8): # yields id, track, set, …, reply, choices (personas), speakers, answer
     "Questions who speaks, in sets that share their personas: the reply is given, the choices are personas."
     kind, cast = TRACKS[track], casting(pool.rows)
@@ -499,7 +499,7 @@ def rule_metrics(qs:list[dict], picks:list[dict] # from `rule_picks`
     got = {name: [o[name] == o['answer'] for o in picks if o[name] is not None] for name in names}
     return {name: _share(v) for name, v in got.items() if v} | {'chance': metric(float(np.mean([1/len(q['choices']) for q in qs])), 'accuracy', len(qs))}
 
-# %% ../nbs/04a_questions.ipynb #2d1b051d
+# %% ../nbs/04a_questions.ipynb #0e5fb09f
 def chosen_rule(qs:list[dict], # questions of one track
                 dev:list[dict]=() # questions of the same track from held-out rows
                ) -> dict: # rule, and what it was chosen by

@@ -57,7 +57,7 @@ def benchmark_records(source:str|Path|list[dict], # a folder, or records from `l
     return got
 
 # %% ../nbs/04c_stats.ipynb #457074c4
-SETTINGS = ('track', 'mode', 'model', 'precision', 'condition', 'template', 'questions_hash', 'options', 'max_reply') # what a comparison must not mix
+SETTINGS = ('track', 'mode', 'model', 'precision', 'condition', 'template', 'questions_hash', 'data_hash', 'options', 'max_reply') # what a comparison must not mix
 
 def overview(source:str|Path|list[dict], # a folder or records
              columns=('track', 'mode', 'model', 'precision', 'max_reply') # settings that make a line
@@ -75,7 +75,7 @@ def one_each(records:list[dict], # that shall be compared
     for r in records:
         key = setting(r, along)
         if (twin := out.get(key)) is not None:
-            differ = [f'{k} ({x!r}, {y!r})' for k in (*SETTINGS, 'adapter', 'data_hash') if (x := setting(twin, k)) != (y := setting(r, k))]
+            differ = [f'{k} ({x!r}, {y!r})' for k in (*SETTINGS, 'adapter') if (x := setting(twin, k)) != (y := setting(r, k))]
             raise StatsError(f'two records have {along} {key!r}: say which is meant' + (f', they differ in {", ".join(differ)}' if differ
                              else f'; {r["path"].name} and {twin["path"].name} are the same measurement'))
         out[key] = r
@@ -108,6 +108,8 @@ def answers(source:str|Path|list[dict], # a folder or records
            ) -> pd.DataFrame: # `along`, id, cluster, lang, answer, picked, right
     "All answers of the records that differ along one setting, a line a question and value."
     kept = one_each(benchmark_records(source, mode=mode, **what), along)
+    heads = {headline_of(r) for r in kept.values()}
+    if not by and len(heads) > 1: raise StatsError(f'these records are read in different ways ({", ".join(sorted(heads))}): say by which, e.g. by={sorted(heads)[0]!r}')
     return pd.concat([_read(r['path'].parent/r['questions'], by or headline_of(r)).assign(**{along: v}) for v, r in kept.items()], ignore_index=True)
 
 # %% ../nbs/04c_stats.ipynb #67f02d04
@@ -158,15 +160,21 @@ def percentile_interval(means:np.ndarray, # (draws,) or (draws, k)
 
 # %% ../nbs/04c_stats.ipynb #2970e04c
 def sign_flip_p(sums, # (units,) total difference of each cluster
-                draws:int=9999, # random flips; all 2^units are taken where that is fewer
+                draws:int=9999, # random flips, where the totals are no multiples of a quarter
                 seed:int=0) -> float:
-    "Two-sided p-value of the permutation test that flips the signs of whole clusters; by scipy."
+    "Two-sided p-value of flipping the signs of whole clusters: exact by convolution for counted answers, else by random flips."
     sums = np.asarray(sums, float).ravel(); sums = sums[sums != 0] # a zero has no sign
+    steps = np.rint(abs(sums)*4).astype(int)
     if not len(sums): return 1.0
-    if np.ptp(abs(sums)) == 0: return float(stats.binomtest(int((sums > 0).sum()), len(sums)).pvalue) # all equal: exact, and McNemar's where units are questions
-    got = stats.permutation_test((sums,), lambda x, axis: x.sum(axis), permutation_type='samples', vectorized=True, n_resamples=draws,
-                                 batch=max(1, 2_000_000//len(sums)), rng=np.random.default_rng(seed))
-    return float(got.pvalue)
+    if not np.allclose(steps, abs(sums)*4):
+        flip = lambda x, axis: x.sum(axis)
+        return float(stats.permutation_test((sums,), flip, permutation_type='samples', vectorized=True, n_resamples=draws,
+                                            batch=max(1, 2_000_000//len(sums)), rng=np.random.default_rng(seed)).pvalue)
+    steps //= np.gcd.reduce(steps)
+    ways = np.ones(1) # share of the ways by the sum of the steps that go up
+    for k in np.sort(steps): ways = np.r_[ways, np.zeros(k)]/2 + np.r_[np.zeros(k), ways]/2
+    total = 2*np.arange(len(ways)) - steps.sum()
+    return float(min(1, ways[abs(total) >= abs(steps @ np.sign(sums))].sum()))
 
 # %% ../nbs/04c_stats.ipynb #59a4d16d
 def _z(alpha, power): return stats.norm.isf(alpha/2), stats.norm.ppf(power)
@@ -261,7 +269,8 @@ def compare(source:str|Path|list[dict], # a folder or records
     "Paired comparisons along a setting with Holm's correction over all of them; a line a pair."
     wide, clusters = paired(answers(source, mode, by, along, **what), along)
     pairs = pairs or (PAIRS if along == 'condition' else [(wide.columns[0], v) for v in wide.columns[1:]])
-    rows = [{'from': a, 'to': b} | paired_difference(wide[a], wide[b], clusters, draws, seed, level, power) for a, b in pairs if {a, b} <= set(wide)]
+    pairs = [(a, b) for a, b in pairs if {a, b} <= set(wide)]
+    rows = [{'from': a, 'to': b} | paired_difference(wide[a], wide[b], clusters, draws, seed, 1-(1-level)/len(pairs), power) for a, b in pairs]
     if not rows: raise StatsError(f'nothing to compare: {along} has only {", ".join(map(str, wide))}')
     table = pd.DataFrame(rows)
     table.insert(table.columns.get_loc('p')+1, 'p_holm', holm(table['p']))
@@ -276,7 +285,8 @@ def say(row, # a line of `compare`, or a dict with its columns
     text += f", {row['won']} won, {row['lost']} lost, p {p:.2g}{' (Holm)' if 'p_holm' in row else ''}"
     who = f"{row['n']} questions of {row['clusters']} character" + 's'*(row['clusters'] != 1)
     see = 'no difference at all' if np.isnan(row['detectable']) else f"{100*row['detectable']:.1f} points"
-    return f'{text}{"" if p <= alpha else ": not shown"}. {who} show {see} in 80 of 100 runs.'
+    few = f" With {row['clusters']} characters p cannot fall below {2/2**row['clusters']:.2g}." if 1 < row['clusters'] < 6 else ''
+    return f'{text}{"" if p <= alpha else ": not shown"}. {who} show {see} in 80 of 100 runs.{few}'
 
 # %% ../nbs/04c_stats.ipynb #9311e978
 EFFECTS = { # name → (family, weight of each condition)
@@ -292,7 +302,8 @@ def factorial(source:str|Path|list[dict], # a folder or records
     "Main effects, interaction and simple effects of prompt and adapter, by cluster bootstrap, with Holm's correction in each family."
     wide, clusters = paired(answers(source, mode, by, **what))
     if missing := [c for c in CONDITIONS if c not in wide]: raise StatsError(f'the 2 × 2 needs four conditions, {", ".join(missing)} missing: train an adapter and run 04_benchmark')
-    rows = [dict(effect=name, family=family) | estimate(sum(w*wide[c] for c, w in weights.items()), clusters, draws, seed, level, power)
+    size = pd.Series([family for family, _ in EFFECTS.values()]).value_counts()
+    rows = [dict(effect=name, family=family) | estimate(sum(w*wide[c] for c, w in weights.items()), clusters, draws, seed, 1-(1-level)/size[family], power)
             for name, (family, weights) in EFFECTS.items()]
     table = pd.DataFrame(rows)
     table.insert(table.columns.get_loc('p')+1, 'p_holm', table.groupby('family')['p'].transform(holm))
