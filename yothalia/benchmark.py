@@ -110,7 +110,7 @@ def prior_scores(model, tok, replies:list[str], path:Path, key:str, max_reply:in
     lines = write_lines(path, key, [content_hash(g) for g in groups], score, 'replies alone')
     return {r: s for g, o in zip(groups, lines) for r, s in zip(g, o['nats'])}
 
-# %% ../nbs/04_benchmark.ipynb #ba800edd
+# %% ../nbs/04_benchmark.ipynb #1d641d19
 def pair(context, choice) -> bytes: # of token ids
     "A short name for a choice after a context."
     return hashlib.blake2b(context.tobytes() + b'|' + choice.tobytes(), digest_size=16).digest()

@@ -178,7 +178,7 @@ def _percent(m) -> str:
     between = f" [{m['interval'][0]:.0%}, {m['interval'][1]:.0%}]" if m['interval'] else ''
     return f"{m['value']:.0%}{between}"
 
-ABOUT = {'speaker': ('Who is speaking?', 'finds whose line it is'), 'voice': ('Whose reply is it?', "finds the character's reply among those of others to the same line")}
+ABOUT = {'speaker': ('Who is speaking?', 'finds whose line it is'), 'voice': ('Whose reply is it?', "finds the character's reply among other characters'")}
 
 def _at(bench, track) -> dict: # condition → record
     "The records of a track by which the rest is told."
@@ -189,22 +189,30 @@ def _beside(at) -> str:
     m, rule = at['none']['metrics'], at['none']['what']['rule']
     return f"chance is {m['chance']['value']:.0%}, and a rule without a model ({rule}) gets {m[rule]['value']:.0%}"
 
-def _character_lines(bench:list[dict], track:str) -> list[str]:
-    "What a track about the character has shown."
+def _difference(at, a:str, b:str, words:str) -> list[str]:
+    "How the answers of two conditions differ, in a sentence; none where they cannot be compared."
     from yothalia.benchmark import headline_of, right
     from yothalia.stats import paired_difference
+    if not {a, b} <= at.keys(): return []
+    lines = {c: read_jsonl(at[c]['path'].parent/at[c]['questions']) for c in (a, b)}
+    if len(lines[b]) < 2: return []
+    d = paired_difference(*(right(lines[c], headline_of(at[c])) for c in (a, b)), [o['cluster'] for o in lines[b]])
+    said = f"{words} {d['difference']*100:+.0f} points [{d['low']*100:+.0f}, {d['high']*100:+.0f}]"
+    if d['low'] > 0 or d['high'] < 0: return [said]
+    seen = f"{d['detectable']*100:.0f} would have been found in 80 of 100 such runs" if d['detectable'] == d['detectable'] else 'too few questions to find any difference'
+    return [f'{said} (not established; {seen})']
+
+def _character_lines(bench:list[dict], track:str) -> list[str]:
+    "What a track about the character has shown."
+    from yothalia.benchmark import headline_of
     at, (asks, does) = _at(bench, track), ABOUT[track]
     if 'prompt' not in at: return []
     acc = {c: r['metrics'][f'accuracy {headline_of(r)}'] for c, r in at.items() if c != 'none'}
-    out = [f"{asks} Told the persona, the model {does} in {_percent(acc['prompt'])} of {acc['prompt']['n']} questions; {_beside(at)}."]
-    if 'both' in at and acc['both']['n'] > 1:
-        lines = {c: read_jsonl(at[c]['path'].parent/at[c]['questions']) for c in ('prompt', 'both')}
-        a, b = (right(lines[c], headline_of(at[c])) for c in ('prompt', 'both'))
-        d = paired_difference(a, b, [o['cluster'] for o in lines['both']])
-        sure, seen = d['low'] > 0 or d['high'] < 0, d['detectable']
-        out.append(f"Fine-tuned as well, in {_percent(acc['both'])}: {d['difference']*100:+.0f} points [{d['low']*100:+.0f}, {d['high']*100:+.0f}], {d['clusters']} characters resampled: "
-                   + ('an effect.' if sure else 'not established; ' + (f'{seen*100:.0f} points would have been found in 80 of 100 such runs.' if seen == seen else 'too few questions to find any difference.')))
-    return out
+    told = {'prompt': 'told the persona', 'both': 'fine-tuned as well', 'base': 'told nothing'}
+    found = ', '.join(f'{told[c]} {_percent(acc[c])}' for c in told if c in acc)
+    made = _difference(at, 'base', 'prompt', 'the persona') + _difference(at, 'prompt', 'both', 'the fine-tuning of the model that is told it')
+    return [f"{asks} The model {does} in so many of {acc['prompt']['n']} questions: {found}; {_beside(at)}."
+            + (f" What made the difference: {'; '.join(made)}." if made else '')]
 
 # %% ../nbs/06_cluster.ipynb #b922ab82
 def _reply_lines(bench:list[dict]) -> list[str]:
