@@ -182,21 +182,25 @@ ABOUT = {'speaker': ('Who is speaking?', 'finds whose line it is'), 'voice': ('W
 
 def _at(bench, track) -> dict: # condition → record
     "The records of a track by which the rest is told."
-    return {r['what']['condition']: r for r in bench if r['what']['track'] == track and r['what']['mode'] in ('cloze', 'rules')}
+    from yothalia.prompts import CONDITIONS
+    of = {r['what']['condition']: r for r in bench if r['what']['track'] == track and r['what']['mode'] in ('cloze', 'rules')}
+    return {c: of[c] for c in (*CONDITIONS, 'none') if c in of}
 
 def _beside(at) -> str:
     "Chance and the rule that a model must beat."
-    m, rule = at['none']['metrics'], at['none']['what']['rule']
-    return f"chance is {m['chance']['value']:.0%}, and a rule without a model ({rule}) gets {m[rule]['value']:.0%}"
+    r = at.get('none')
+    rule = r and r['what'].get('rule')
+    return f"; chance is {r['metrics']['chance']['value']:.0%}, and a rule without a model ({rule}) gets {r['metrics'][rule]['value']:.0%}" if rule else ''
 
 def _difference(at, a:str, b:str, words:str) -> list[str]:
-    "How the answers of two conditions differ, in a sentence; none where they cannot be compared."
+    "How the answers of two conditions differ, in a sentence; 'none' is the rule. No sentence where they cannot be compared."
     from yothalia.benchmark import headline_of, right
-    from yothalia.stats import paired_difference
-    if not {a, b} <= at.keys(): return []
-    lines = {c: read_jsonl(at[c]['path'].parent/at[c]['questions']) for c in (a, b)}
-    if len(lines[b]) < 2: return []
-    d = paired_difference(*(right(lines[c], headline_of(at[c])) for c in (a, b)), [o['cluster'] for o in lines[b]])
+    from yothalia.stats import against_rule, paired_difference
+    if not {a, b} <= at.keys() or at[b]['metrics'][f'accuracy {headline_of(at[b])}']['n'] < 2: return []
+    if a == 'none': d = against_rule(list(at.values()), b)
+    else:
+        lines = {c: read_jsonl(at[c]['path'].parent/at[c]['questions']) for c in (a, b)}
+        d = paired_difference(*(right(lines[c], headline_of(at[c])) for c in (a, b)), [o['cluster'] for o in lines[b]])
     said = f"{words} {d['difference']*100:+.0f} points [{d['low']*100:+.0f}, {d['high']*100:+.0f}]"
     if d['low'] > 0 or d['high'] < 0: return [said]
     seen = f"{d['detectable']*100:.0f} would have been found in 80 of 100 such runs" if d['detectable'] == d['detectable'] else 'too few questions to find any difference'
@@ -210,9 +214,9 @@ def _character_lines(bench:list[dict], track:str) -> list[str]:
     acc = {c: r['metrics'][f'accuracy {headline_of(r)}'] for c, r in at.items() if c != 'none'}
     told = {'prompt': 'told the persona', 'both': 'fine-tuned as well', 'base': 'told nothing'}
     found = ', '.join(f'{told[c]} {_percent(acc[c])}' for c in told if c in acc)
-    made = _difference(at, 'base', 'prompt', 'the persona') + _difference(at, 'prompt', 'both', 'the fine-tuning of the model that is told it')
-    return [f"{asks} The model {does} in so many of {acc['prompt']['n']} questions: {found}; {_beside(at)}."
-            + (f" What made the difference: {'; '.join(made)}." if made else '')]
+    made = _difference(at, 'none', 'prompt', 'told it, against the rule') + _difference(at, 'base', 'prompt', 'the persona') + _difference(at, 'prompt', 'both', 'the fine-tuning of the model that is told it')
+    return [f"{asks} The model {does} in so many of {acc['prompt']['n']} questions: {found}{_beside(at)}."
+            + (f" Paired differences: {'; '.join(made)}." if made else '')]
 
 # %% ../nbs/06_cluster.ipynb #b922ab82
 def _reply_lines(bench:list[dict]) -> list[str]:
@@ -224,7 +228,7 @@ def _reply_lines(bench:list[dict]) -> list[str]:
         at = _at(bench, track)
         acc = {c: r['metrics'][f'accuracy {headline_of(r)}'] for c, r in at.items() if c != 'none'}
         n = next((m['n'] for m in acc.values()), 0)
-        out.append(f"{TRACKS[track].asks} (track {track}, {n} questions) " + ', '.join(f'{c} {_percent(m)}' for c, m in acc.items()) + f'; {_beside(at)}.')
+        out.append(f"{TRACKS[track].asks} (track {track}, {n} questions) " + ', '.join(f'{c} {_percent(m)}' for c, m in acc.items()) + f'{_beside(at)}.')
     return out
 
 # %% ../nbs/06_cluster.ipynb #c86da530

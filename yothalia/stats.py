@@ -6,9 +6,9 @@
 __all__ = ['SETTINGS', 'PAIRS', 'EFFECTS', 'StatsConfig', 'StatsError', 'setting', 'benchmark_records', 'overview', 'one_each',
            'answers', 'paired', 'cluster_sums', 'bootstrap_means', 'percentile_interval', 'sign_flip_p', 'detectable',
            'discordant_share', 'questions_needed', 'design_effect', 'estimate', 'paired_difference', 'compare_files',
-           'holm', 'compare', 'say', 'factorial', 'accuracies', 'baselines_of', 'plot_forest', 'find_questions',
-           'flips', 'read_flips', 'accuracy_by', 'plot_by', 'accuracy_by_budget', 'plot_budget', 'save_effects',
-           'questions_like']
+           'holm', 'compare', 'say', 'factorial', 'accuracies', 'baselines_of', 'plot_forest', 'against_rule',
+           'find_questions', 'flips', 'read_flips', 'accuracy_by', 'plot_by', 'accuracy_by_budget', 'plot_budget',
+           'save_effects', 'questions_like']
 
 # %% ../nbs/04c_stats.ipynb #34dcaf8e
 import textwrap
@@ -350,6 +350,18 @@ def plot_forest(source:str|Path|list[dict], # a folder or records
     ax.set(ylim=(len(t)-.5, -.7), xlim=(0, 1), xlabel=f'accuracy, {mode} by {by or headline_of(like)}, {t.n.iloc[0]} questions, {t.clusters.iloc[0]} characters')
     if ax.get_legend_handles_labels()[0]: ax.legend(fontsize=8, frameon=False, loc='upper left', bbox_to_anchor=(1, 1))
     return ax
+
+# %% ../nbs/04c_stats.ipynb #490a7a40
+def against_rule(source:str|Path|list[dict], # a folder or records
+                 condition:str='prompt', mode:str='cloze', by:str='', # whose answers, as in `answers`
+                 draws:int=10_000, seed:int=0, level:float=.95, power:float=.8, **what) -> dict: # as `paired_difference`, and the rule
+    "The accuracy of a model minus that of the rule chosen on held-out rows; a `StatsError` where no such rule is recorded."
+    rec = one_each(benchmark_records(source, mode=mode, condition=condition, **what))[condition]
+    rules = [r for r in benchmark_records(source, mode='rules', questions_hash=rec['what']['questions_hash'], **what) if 'rule' in r['what']]
+    if not rules: raise StatsError('no record says which rule was chosen on held-out rows: run 04_benchmark again')
+    table, rule = _read(rec['path'].parent/rec['questions'], by or headline_of(rec)).set_index('id'), rules[0]['what']['rule']
+    picks = {o['id']: o[rule] == o['answer'] for o in read_jsonl(rules[0]['path'].parent/rules[0]['questions'])}
+    return dict(rule=rule) | paired_difference([picks[i] for i in table.index], table['right'], table['cluster'], draws, seed, level, power)
 
 # %% ../nbs/04c_stats.ipynb #b2178122
 def find_questions(records:list[dict], # of the benchmark
