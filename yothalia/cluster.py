@@ -192,6 +192,7 @@ def _beside(at) -> str:
     rule = r and r['what'].get('rule')
     return f"; chance is {r['metrics']['chance']['value']:.0%}, and a rule without a model ({rule}) gets {r['metrics'][rule]['value']:.0%}" if rule else ''
 
+# %% ../nbs/06_cluster.ipynb #815dec6e
 def _difference(at, a:str, b:str, words:str) -> list[str]:
     "How the answers of two conditions differ, in a sentence; 'none' is the rule. No sentence where they cannot be compared."
     from yothalia.benchmark import headline_of, right
@@ -206,6 +207,7 @@ def _difference(at, a:str, b:str, words:str) -> list[str]:
     seen = f"{d['detectable']*100:.0f} would have been found in 80 of 100 such runs" if d['detectable'] == d['detectable'] else 'too few questions to find any difference'
     return [f'{said} (not established; {seen})']
 
+# %% ../nbs/06_cluster.ipynb #2945c37f
 def _character_lines(bench:list[dict], track:str) -> list[str]:
     "What a track about the character has shown."
     from yothalia.benchmark import headline_of

@@ -282,6 +282,7 @@ def _told_apart(order, who:dict, most:int, near:float) -> list[str]: # the first
         if not any(alike(who[c], who[d], near) for d in chosen): chosen.append(c)
     return chosen
 
+# %% ../nbs/04a_questions.ipynb #7d966b8d
 def cast_sets(pool:Pool, options:int, near:float=0.8, close:bool=False): # yields lists of rows
     "Sets of rows by different characters of one language, drawn by the rows they have left; with `close`, of characters who are alike."
     cast, left, rng = casting(pool.rows), {}, np.random.default_rng([pool.seed, 4])
