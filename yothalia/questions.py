@@ -534,7 +534,7 @@ def rules_table(records:list[dict] # from `load_records`, mode 'rules'
 def plot_rules(records:list[dict], ax=None):
     "Accuracy of the rules on each track with Wilson intervals; chance as a line."
     import matplotlib.pyplot as plt
-    ax = ax or plt.subplots(figsize=(8, 3.4), layout='constrained')[1]
+    ax = ax or plt.subplots(figsize=(10.5, 3.6), layout='constrained')[1]
     records = sorted(records, key=lambda r: list(TRACKS).index(r['what']['track']))
     names = list(dict.fromkeys(k for r in records for k in r['metrics'] if k != 'chance'))
     for j, name in enumerate(names):
