@@ -270,6 +270,7 @@ def names_in(persona:str) -> set[str]:
 
 def mask(text:str, names:set[str]) -> str:
     "The text with `BLANK` in place of the names."
+    if not names: return text
     short = sorted((n for n in names if _NO_SPACES.fullmatch(n)), key=len, reverse=True)
     text = re.sub(r"[^\W\d_][\w’'-]*", lambda m: BLANK if m[0] in names or re.sub(r"[’']s?$", '', m[0]) in names else m[0], text)
     return re.sub('|'.join(map(re.escape, short)), BLANK, text) if short else text
@@ -283,9 +284,9 @@ def _told_apart(order, who:dict, most:int, near:float) -> list[str]: # the first
     return chosen
 
 # %% ../nbs/04a_questions.ipynb #7d966b8d
-def cast_sets(pool:Pool, options:int, near:float=0.8, close:bool=False): # yields lists of rows
+def cast_sets(pool:Pool, cast:dict, options:int, near:float=0.8, close:bool=False): # yields lists of rows; cast: as from `casting`
     "Sets of rows by different characters of one language, drawn by the rows they have left; with `close`, of characters who are alike."
-    cast, left, rng = casting(pool.rows), {}, np.random.default_rng([pool.seed, 4])
+    left, rng = {}, np.random.default_rng([pool.seed, 4])
     for i, r in enumerate(pool.rows):
         if r['character'] in cast.get(r['lang'], {}): left.setdefault(r['lang'], {}).setdefault(r['character'], []).append(i)
     size = {lang: len(_told_apart(of, cast[lang], options, near)) for lang, of in left.items()}
@@ -314,15 +315,16 @@ def speaker_questions(pool:Pool, options:int=5, track:str='speaker', near:float=
     "Questions who speaks, in sets that share their personas: the reply is given, the choices are personas."
     kind, cast = TRACKS[track], casting(pool.rows)
     names = {lang: set().union(*map(names_in, who.values())) if kind.masked else set() for lang, who in cast.items()}
-    for rows in cast_sets(pool, options, near, kind.near):
+    cast = {lang: {c: mask(p, names[lang]) for c, p in who.items()} for lang, who in cast.items()} # before they are told apart: names may be all that differs
+    for rows in cast_sets(pool, cast, options, near, kind.near):
         lang, rows = pool.rows[rows[0]]['lang'], [rows[j] for j in pool.rng(min(rows), 3).permutation(len(rows))]
-        say, speakers = lambda text: mask(text, names[lang]) if names[lang] else text, [pool.rows[i]['character'] for i in rows]
-        choices = [say(cast[lang][c]) for c in speakers]
+        say, speakers = lambda text: mask(text, names[lang]), [pool.rows[i]['character'] for i in rows]
+        choices = [cast[lang][c] for c in speakers]
         for k, i in enumerate(rows):
             r = pool.rows[i]
             yield dict(id=content_hash(r['user'], r['reply'], choices), track=track, cluster=speakers[k], lang=lang, instruction=choices[k],
                        history=[h | dict(text=say(h['text'])) for h in r.get('history') or []], user=say(r['user']), reply=say(r['reply']),
-                       choices=choices, speakers=speakers, answer=k, set=content_hash(rows and [pool.names[j] for j in rows]))
+                       choices=choices, speakers=speakers, answer=k, set=content_hash([pool.names[j] for j in rows]))
 
 # %% ../nbs/04a_questions.ipynb #69e7bb01
 def make_tracks(rows:list[dict], tracks=TRACKS, n:int=0, options:int=5, seed:int=0, **kw # near, line_near
