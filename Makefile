@@ -18,6 +18,7 @@ ifdef NB
 	$(BIN)/nbdev_test --path nbs/$(NB).ipynb --n_workers 1 --do_print
 else
 	$(TOGETHER) $(BIN)/python -m pytest -q -n $(JOBS) tests/test_frame.py
+	rm -rf _runs/demo
 	$(TOGETHER) $(BIN)/nbdev_test --n_workers $(JOBS) --do_print
 	$(TOGETHER) $(BIN)/python -m pytest -q -n $(JOBS) --maxschedchunk 1 --durations 12 tests --ignore tests/test_frame.py
 endif

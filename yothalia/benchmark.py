@@ -362,7 +362,7 @@ def accuracy_table(records:list[dict]) -> pd.DataFrame: # rows: mode and reading
 
 # %% ../nbs/04_benchmark.ipynb #14283e3f
 def brief_table(records:list[dict]) -> pd.DataFrame: # one line per track and mode
-    "Only what counts: the headline of each track and mode, format errors, and the best rule beside the mode that asks the same questions."
+    "Only what counts: the headline of each track and mode, format errors, and the chosen rule beside the mode that asks the same questions."
     best = {}
     for r in records:
         if r['what']['mode'] == 'rules':
@@ -370,7 +370,7 @@ def brief_table(records:list[dict]) -> pd.DataFrame: # one line per track and mo
     table = accuracy_table([r for r in records if r['what']['mode'] != 'rules'])
     table = table[table['read by'].str.endswith('*') | (table['read by'] == 'format errors strict')].reset_index(drop=True)
     table['read by'] = table['read by'].str.rstrip('*').replace('format errors strict', 'format errors')
-    return table.assign(**{'best rule': [best.get(t, '') if m == 'cloze' else '' for t, m in zip(table.track, table['mode'])]})
+    return table.assign(**{'rule': [best.get(t, '') if m == 'cloze' else '' for t, m in zip(table.track, table['mode'])]})
 
 # %% ../nbs/04_benchmark.ipynb #68b4f5a1
 def _rules_of(got:dict, track:str) -> list[tuple[float, str, str]]: # value, marker, label
@@ -378,10 +378,10 @@ def _rules_of(got:dict, track:str) -> list[tuple[float, str, str]]: # value, mar
     r = got.get((track, 'rules'), {}).get('none')
     if not r: return []
     rule = r['metrics'].get(r['what'].get('rule'))
-    return ([(rule['value'], 'D', 'best rule')] if rule else []) + [(r['metrics']['chance']['value'], '|', 'chance')]
+    return ([(rule['value'], 'D', 'rule')] if rule else []) + [(r['metrics']['chance']['value'], '|', 'chance')]
 
 def plot_accuracy(records:list[dict], ax=None):
-    "Accuracy by the headline in each track and mode with Wilson intervals; the best rule and chance."
+    "Accuracy by the headline in each track and mode with Wilson intervals; the rule chosen on held-out rows, and chance."
     import matplotlib.pyplot as plt
     got = defaultdict(dict)
     for r in records: got[r['what']['track'], r['what']['mode']][r['what']['condition']] = r

@@ -178,7 +178,7 @@ def _percent(m) -> str:
     between = f" [{m['interval'][0]:.0%}, {m['interval'][1]:.0%}]" if m['interval'] else ''
     return f"{m['value']:.0%}{between}"
 
-ABOUT = {'speaker': ('Who is speaking?', 'finds whose line it is'), 'voice': ('Whose reply is it?', "finds the character's reply among other characters'")}
+ABOUT = ('speaker', 'voice') # the tracks that ask about the character
 
 def _at(bench, track) -> dict: # condition → record
     "The records of a track by which the rest is told."
@@ -211,13 +211,14 @@ def _difference(at, a:str, b:str, words:str) -> list[str]:
 def _character_lines(bench:list[dict], track:str) -> list[str]:
     "What a track about the character has shown."
     from yothalia.benchmark import headline_of
-    at, (asks, does) = _at(bench, track), ABOUT[track]
+    from yothalia.questions import TRACKS
+    at = _at(bench, track)
     if 'prompt' not in at: return []
     acc = {c: r['metrics'][f'accuracy {headline_of(r)}'] for c, r in at.items() if c != 'none'}
     told = {'prompt': 'told the persona', 'both': 'fine-tuned as well', 'base': 'told nothing'}
     found = ', '.join(f'{told[c]} {_percent(acc[c])}' for c in told if c in acc)
     made = _difference(at, 'none', 'prompt', 'told it, against the rule') + _difference(at, 'base', 'prompt', 'the persona') + _difference(at, 'prompt', 'both', 'the fine-tuning of the model that is told it')
-    return [f"{asks} The model {does} in so many of {acc['prompt']['n']} questions: {found}{_beside(at)}."
+    return [f"{TRACKS[track].asks} Right of {acc['prompt']['n']} questions: {found}{_beside(at)}."
             + (f" Paired differences: {'; '.join(made)}." if made else '')]
 
 # %% ../nbs/06_cluster.ipynb #b922ab82
