@@ -5,15 +5,15 @@ from pathlib import Path
 import pytest, yaml
 
 from yothalia.core import configure, load_records
-from yothalia.cluster import STEPS, plan
+from yothalia.cluster import JOBS, STEPS, plan, room
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = sorted(p for p in (ROOT/'results').iterdir() if p.is_dir())
 RECORDS = [(f.name, r) for f in FOLDERS for r in load_records(f)]
-step_of = {s[3:]: s for s in STEPS}
+step_of = {room(s): s for s in JOBS}
 
 
-def test_there_are_records_of_every_step(): assert {r['what']['step'] for n, r in RECORDS if n == 'sample'} >= set(step_of)
+def test_there_are_records_of_every_step(): assert {r['what']['step'] for n, r in RECORDS if n == 'sample'} >= set(map(room, STEPS))
 
 
 @pytest.mark.parametrize('name, rec', RECORDS, ids=[f"{n}-{r['path'].stem}" for n, r in RECORDS])
@@ -22,8 +22,8 @@ def test_record(name, rec):
     assert run['commit'] and not run['dirty'], 'no clean commit'
     known = subprocess.run(['git', 'log', '--format=%H'], cwd=ROOT, capture_output=True, text=True).stdout.split()
     if len(known) > 1: assert run['commit'] in known, 'the commit is not in the history'
-    room = importlib.import_module(f'yothalia.{step[3:]}')
-    configure(getattr(room, f'{step[3:].title()}Config'), run['params'])
+    module = importlib.import_module(f'yothalia.{room(step)}')
+    configure(getattr(module, f'{room(step).title()}Config'), run['params'])
     asked = plan(yaml.safe_load((ROOT/'runs'/f'{name}.yml').read_text()), [], [step])[step]
     assert {k: run['params'][k] for k in asked} == asked, 'other parameters than the recipe has'
     assert rec['questions'] is None or (rec['path'].parent/rec['questions']).exists()
