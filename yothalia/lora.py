@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MIN_REPLY', 'CARD', 'LoraConfig', 'example', 'target_runs', 'check_labels', 'token_budget', 'examples', 'collate',
            'row_losses', 'loss_metric', 'reply_loss', 'add_lora', 'moved', 'SealCheckpoints', 'last_checkpoint',
-           'TrainError', 'Watch', 'training_arguments', 'training_key', 'ReplyTrainer', 'fit', 'plot_curve',
+           'TrainError', 'Watch', 'training_arguments', 'training_key', 'ReplyTrainer', 'rows_of', 'fit', 'plot_curve',
            'save_adapter', 'condition_losses', 'loss_table', 'gains', 'before_after', 'merge', 'training_speed',
            'plot_gains']
 
@@ -203,10 +203,12 @@ def training_arguments(cfg:LoraConfig, # parameters
         dataloader_pin_memory=not cpu, remove_unused_columns=False, ddp_find_unused_parameters=False, weight_decay=0.0, max_grad_norm=1.0)
 
 # %% ../nbs/02_lora.ipynb #318c6d25
-def training_key(cfg:LoraConfig) -> str:
+def training_key(cfg:LoraConfig,
+                 rows:dict|None=None # if not those of the run
+                ) -> str:
     "A hash of everything that decides the adapter: parameters, rows, and this module."
     what = cfg.model_dump(exclude={'out', 'merged', 'replies', 'reply_tokens'})
-    return content_hash(what, data_hash(cfg.out), package_dir()/'lora.py', package_dir()/'prompts.py')
+    return content_hash(what, data_hash(cfg.out) if rows is None else rows, package_dir()/'lora.py', package_dir()/'prompts.py')
 
 # %% ../nbs/02_lora.ipynb #28e88cea
 class ReplyTrainer(Trainer):
@@ -224,17 +226,22 @@ class ReplyTrainer(Trainer):
         with quiet(): super().log(logs, *a, **kw)
 
 # %% ../nbs/02_lora.ipynb #42b96acc
-def fit(cfg:LoraConfig # checked parameters
+def rows_of(cfg:LoraConfig) -> dict[str,list[dict]]: # train, valid
+    "The rows that a run trains on and watches."
+    rows = {p: load_split(cfg.out, p).shuffle(seed=cfg.seed) for p in ('train', 'valid')}
+    return {p: list(r.select(range(min(n or len(r), len(r))))) for (p, r), n in zip(rows.items(), (cfg.train_rows, cfg.valid_rows))}
+
+def fit(cfg:LoraConfig, # checked parameters
+        given:dict|None=None # rows to train on and to watch, if not those of the run
        ) -> tuple: # the trained PeftModel, the log (a list of dicts), and counts
     "Train an adapter, or take up a training that was interrupted; the best checkpoint's weights are loaded at the end."
-    tok, rows = load_tokenizer(cfg.model), {p: load_split(cfg.out, p).shuffle(seed=cfg.seed) for p in ('train', 'valid')}
-    rows = {p: list(r.select(range(min(n or len(r), len(r))))) for (p, r), n in zip(rows.items(), (cfg.train_rows, cfg.valid_rows))}
+    tok, rows = load_tokenizer(cfg.model), given or rows_of(cfg)
     budget, sets, counts = cfg.max_tokens or token_budget(rows['train'], tok), {}, {}
     for part, share in (('train', cfg.persona_share), ('valid', 1.)): sets[part], counts[part] = examples(rows[part], tok, budget, share, cfg.seed)
     counts['budget'] = budget
     seed_everything(cfg.seed)
     model = add_lora(load_model(cfg.model, cfg.precision), cfg)
-    folder = rooted(cfg.out)/'checkpoints'/training_key(cfg)
+    folder = rooted(cfg.out)/'checkpoints'/training_key(cfg, given)
     trainer = ReplyTrainer(model, training_arguments(cfg, folder, len(sets['train'])), lambda items: collate(items, tok.pad_token_id),
                          sets['train'], sets['valid'], callbacks=[SealCheckpoints(), Watch()])
     trainer.remove_callback(next(c for c in trainer.callback_handler.callbacks if 'Printer' in type(c).__name__))
