@@ -197,4 +197,4 @@ def test_walk(make, tmp_path):
     if make is tavern: assert {r['character'] for r in rows} == {'Marrow'} and any(r['history'] for r in rows)
     if make is long_replies: assert max(len(r['reply']) for r in rows) == 3000 and got['lora'][0]['metrics']['dropped rows']['value'] == 0
     if make is long_personas: assert any(r['what']['track'] == 'speaker' and r['what']['mode'] == 'cloze' for r in got['benchmark'])
-    if make is twelve: assert {r['what']['track'] for r in got['benchmark']} == {'random'}  # one character: nobody else could have said it
+    if make is twelve: assert {r['what']['track'] for r in got['benchmark']} == {'own', 'random'}  # one character: nobody else could have said it

@@ -8,7 +8,7 @@ __all__ = ['NORMALISATIONS', 'SCORERS', 'about', 'READINGS', 'BenchmarkConfig', 
            'original_prompt', 'ask', 'label_ids', 'rotated', 'letter_items', 'score_letter', 'parse_strict',
            'parse_lenient', 'answered', 'score_generate', 'accuracy', 'mcnemar', 'right', 'summary', 'score_all',
            'key_of_prior', 'described', 'split_kind', 'dev_questions_of', 'choose_headline', 'in_mode', 'benchmark',
-           'one_record', 'headline_of', 'accuracy_table', 'brief_table', 'plot_accuracy']
+           'one_record', 'headline_of', 'accuracy_table', 'brief_table', 'plot_accuracy', 'model_replies', 'ask_tracks']
 
 # %% ../nbs/04_benchmark.ipynb #83db4014
 import hashlib, json, re
@@ -25,7 +25,7 @@ from .models import *
 from .rows import DataError
 from .data import data_hash, ensure_data, lesson_rows, load_split
 from .prompts import *
-from .questions import TRACKS, TrackName, make_questions, make_tracks, questions_hash, save_questions, save_rules
+from .questions import Pool, TRACKS, TrackName, make_questions, make_tracks, questions_hash, save_questions, save_rules
 from .scoring import Item, plain_scores, road, score_items
 
 # %% ../nbs/04_benchmark.ipynb #139e12d4
@@ -36,11 +36,12 @@ class BenchmarkConfig(Config):
     precision: PrecisionName = 'bf16'
     adapter: str = 'auto'
     tracks: list[TrackName] = Field(['speaker', 'voice', 'random'], min_length=1)
-    otherwise: list[TrackName] = ['random']
+    otherwise: list[TrackName] = ['own', 'random']
     questions: int = Field(4, ge=0)
     options: int = Field(5, ge=3, le=10)
     modes: list[Literal['cloze', 'letter', 'generate']] = Field(['cloze', 'letter', 'generate'], min_length=1)
     mode_tracks: list[TrackName] = ['random']
+    own_questions: int = Field(20, ge=0)
     letter_questions: int = Field(1, ge=0)
     generate_questions: int = Field(1, ge=0)
     dev_questions: int = Field(0, ge=0)
@@ -401,3 +402,35 @@ def plot_accuracy(records:list[dict], ax=None):
     ax.set(xlim=(-.02, 1.12), ylim=(-.6, len(rows)-.4), xlabel='accuracy, with 95% intervals', title='Who is speaking? Which reply is the character\'s?')
     ax.set_xticks(np.arange(0, 1.01, .2)); ax.grid(axis='x', alpha=.25)
     return ax
+
+# %% ../nbs/04_benchmark.ipynb #5f93ff09
+def model_replies(model, tok, rows:list[dict], path:Path, key:str, # the file, and what it depends on
+                  sampled:int=2, new_tokens:int=60, seed:int=0, group:int=8 # lines at a time
+                 ) -> dict[str,list[str]]: # line → replies, the greedy one first
+    "What the base model says to the lines of some rows, without a persona."
+    first = {r['user']: r for r in rows[::-1]}
+    lines = sorted(first)
+    groups = [lines[i:i+group] for i in range(0, len(lines), group)]
+    def write(done):
+        for k, g in enumerate(groups):
+            if k in done: continue
+            prompts = [render(within(first[u], tok, False, 1024), tok, False)[0] for u in g]
+            greedy = speak_many(model, tok, prompts, new_tokens)
+            seed_everything(seed+k)
+            more = speak_many(model, tok, [p for p in prompts for _ in range(sampled)], new_tokens, do_sample=True, temperature=.8, top_p=.95)
+            yield k, dict(said=[[s, *more[i*sampled:(i+1)*sampled]] for i, s in enumerate(greedy)])
+    with switched(model, False): got = write_lines(path, key, [content_hash(g) for g in groups], write, 'rivals')
+    return {u: s for g, o in zip(groups, got) for u, s in zip(g, o['said'])}
+
+# %% ../nbs/04_benchmark.ipynb #c08fa467
+def ask_tracks(cfg:BenchmarkConfig, model, tok, test:list[dict]) -> dict[str,list[dict]]: # track → questions
+    "Questions of the tracks; where the rows allow none, those of the tracks that ask a character alone."
+    def made(tracks):
+        out = make_tracks(test, [t for t in tracks if not TRACKS[t].alone], cfg.questions, cfg.options, cfg.seed)
+        for t in (t for t in tracks if TRACKS[t].alone):
+            some = Pool(test, cfg.seed).rows[:min((n for n in (cfg.questions, cfg.own_questions) if n), default=None)]
+            path, key = rooted(cfg.out)/'priors'/'model-replies.jsonl', content_hash(model_name(cfg.model), cfg.precision, cfg.seed, package_dir()/'prompts.py')
+            out |= make_tracks(some, [t], 0, cfg.options, cfg.seed, said=model_replies(model, tok, some, path, key, seed=cfg.seed))
+        return {t: out[t] for t in tracks}
+    asked = made(cfg.tracks)
+    return asked if any(asked.values()) else asked | made(cfg.otherwise)

@@ -244,7 +244,8 @@ def _reply_lines(bench:list[dict]) -> list[str]:
         at = _at(bench, track)
         acc = {c: r['metrics'][f'accuracy {headline_of(r)}'] for c, r in at.items() if c != 'none'}
         n = next((m['n'] for m in acc.values()), 0)
-        out.append(f"{TRACKS[track].asks} (track {track}, {n} questions) " + ', '.join(f'{c} {_percent(m)}' for c, m in acc.items()) + f'{_beside(at)}.')
+        out.append(f"{TRACKS[track].asks} (track {track}, {n} questions) " + ', '.join(f'{c} {_percent(m)}' for c, m in acc.items()) + f'{_beside(at)}.'
+                   + (f" Paired: {'; '.join(made)}." if TRACKS[track].alone and (made := _difference(at, 'base', 'lora', 'the fine-tuning')) else ''))
     return out
 
 # %% ../nbs/06_cluster.ipynb #c86da530

@@ -7,7 +7,7 @@ __all__ = ['PRECISIONS', 'PrecisionName', 'EMBEDDED', 'ALIASES', 'GGUF', 'GGUF_S
            'quantization_config', 'ModelError', 'cache_dir', 'embedded_model', 'gguf_model', 'gguf_architecture',
            'check_gguf', 'quiet', 'resolve_model', 'model_name', 'parameters', 'weights_bytes', 'check_memory',
            'load_tokenizer', 'load_model', 'load_adapter', 'switched', 'run_adapter', 'adapter_hash', 'speak',
-           'find_model', 'find_adapter', 'find_memory', 'ModelsConfig']
+           'speak_many', 'find_model', 'find_adapter', 'find_memory', 'ModelsConfig']
 
 # %% ../nbs/00a_models.ipynb #b3d16df2
 import functools, json, os, re, shutil, struct, subprocess, sys, tempfile, time, warnings, zipfile
@@ -328,6 +328,16 @@ def speak(model, tok, # a model and its tokenizer
     with torch.inference_mode(), quiet():
         out = model.generate(**ids, max_new_tokens=max_new_tokens, pad_token_id=tok.pad_token_id, **sampling)
     return tok.decode(out[0, ids['input_ids'].shape[1]:], skip_special_tokens=True).strip()
+
+def speak_many(model, tok, prompts:list[str], # rendered texts
+               max_new_tokens:int=128, **sampling) -> list[str]: # a reply for each
+    "Continue several prompts at once, padded on the left."
+    import torch
+    ids = tok(prompts, add_special_tokens=False, return_tensors='pt', padding=True, padding_side='left').to(model.device)
+    sampling = {'do_sample':False, 'temperature':None, 'top_p':None, 'top_k':None} | sampling
+    with torch.inference_mode(), quiet():
+        out = model.generate(**ids, max_new_tokens=max_new_tokens, pad_token_id=tok.pad_token_id, **sampling)
+    return [t.strip() for t in tok.batch_decode(out[:, ids['input_ids'].shape[1]:], skip_special_tokens=True)]
 
 # %% ../nbs/00a_models.ipynb #3e500fe2
 def find_model(name:str, # alias, hub id, local folder, or GGUF file
