@@ -63,7 +63,7 @@ def tavern():
     "A SillyTavern log."
     lines = [dict(user_name='You', character_name='Marrow', create_date='2026-1-1', chat_metadata={}), dict(name='Marrow', is_user=False, mes='*drifts in* Tea?')]
     for r in of('captain-marrow', 30): lines += [dict(name='You', is_user=True, mes=r['user']), dict(name='Marrow', is_user=False, is_system=False, mes=r['reply'], swipes=[r['reply']])]
-    return 'Marrow - 2026-1-1.jsonl', '\n'.join(map(json.dumps, lines)), ['persona=You are Captain Marrow, ghost of a pirate.']
+    return 'Marrow - 2026-1-1.jsonl', '\n'.join(map(json.dumps, lines)), ['persona=You are Captain Marrow, ghost of a pirate.', 'tracks=[speaker, voice]', 'questions=3']
 
 
 def japanese():
@@ -194,7 +194,10 @@ def test_walk(make, tmp_path):
     if make is messages: assert max(len(r['history']) for r in rows) >= 2 and what['characters'] == 1 and {r['character'] for r in rows} == {'sherlock-holmes'}
     if make is japanese: assert set(what['languages']) == {'ja'}, what['languages']
     if make is two_languages: assert set(what['languages']) == {'zh', 'en'} and what['characters'] == 1
-    if make is tavern: assert {r['character'] for r in rows} == {'Marrow'} and any(r['history'] for r in rows)
+    if make is tavern:
+        assert {r['character'] for r in rows} == {'Marrow'} and any(r['history'] for r in rows)
+        rules = {r['what']['track']: r for r in got['benchmark'] if r['what']['mode'] == 'rules'}  # what is asked of a character alone
+        assert set(rules) == {'own', 'random'} and 'learned from the choices' in rules['own']['metrics'], rules
     if make is long_replies: assert max(len(r['reply']) for r in rows) == 3000 and got['lora'][0]['metrics']['dropped rows']['value'] == 0
     if make is long_personas: assert any(r['what']['track'] == 'speaker' and r['what']['mode'] == 'cloze' for r in got['benchmark'])
-    if make is twelve: assert {r['what']['track'] for r in got['benchmark']} == {'own', 'random'}  # one character: nobody else could have said it
+    if make is twelve: assert {r['what']['track'] for r in got['benchmark']} == {'random'}  # one character: nobody else could have said it

@@ -190,7 +190,7 @@ def plot_specificity(lines:list[dict], # one per reply
     for k, (ax, (lang, m)) in enumerate(zip(axes[0], by.items())):
         sns.heatmap(m, ax=ax, annot=True, fmt='.2f', cmap='viridis', vmin=low, vmax=high, cbar=k == len(by)-1, cbar_kws=dict(label='nats per token'), annot_kws=dict(size=8))
         for i in range(len(m)): ax.add_patch(plt.Rectangle((i, i), 1, 1, fill=False, ec='white', lw=2))
-        ax.set(title=f'{lang}', xlabel='adapter of', ylabel='replies of'); ax.tick_params(axis='x', rotation=45)
+        ax.set(title=f'{lang}', xlabel='adapter of', ylabel='replies of'); ax.tick_params(axis='x', rotation=45); ax.tick_params(axis='y', rotation=0)
         plt.setp(ax.get_xticklabels(), ha='right')
     fig.suptitle(title or 'How much likelier each adapter finds the replies of each character', fontsize=11)
     return fig
