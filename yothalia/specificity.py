@@ -154,11 +154,10 @@ def language_lines(cfg:SpecificityConfig, lang:str, of:dict[str,tuple], tok) -> 
 def specificity_metrics(lines:list[dict]) -> dict[str,dict]: # name → metric
     "Specificity, gains, and who is recognised by adapters and by words; over all, and for each language."
     def of(some, tail=''):
-        gains, names = gain_table(some)
-        own = np.array([o['character'] for o in some])[:, None] == np.array(names)
-        rest = np.where(own, 0, gains).sum(1)/(len(names)-1)
-        return {f'specificity{tail}': as_metric(gains[own]-rest, some), f'gain of the own adapter{tail}': as_metric(gains[own], some),
-                f'gain of the others{tail}': as_metric(rest, some), f'recognised by adapters{tail}': accuracy(picked_adapters(some)),
+        less, names = own_less_others(some), list(some[0]['adapters'])
+        own = np.array([(o['adapters'][o['character']]-o['base'])/o['tokens'] for o in some])
+        return {f'specificity{tail}': as_metric(less, some), f'gain of the own adapter{tail}': as_metric(own, some),
+                f'gain of the others{tail}': as_metric(own-less, some), f'recognised by adapters{tail}': accuracy(picked_adapters(some)),
                 f'recognised by words{tail}': accuracy([o['classifier'] == o['character'] for o in some]), f'chance{tail}': metric(1/len(names), 'accuracy', len(some))}
     by = {lang: of([o for o in lines if o['lang'] == lang], f' {lang}') for lang in dict.fromkeys(o['lang'] for o in lines)}
     if len(by) == 1: return {k.rsplit(' ', 1)[0]: m for k, m in next(iter(by.values())).items()}

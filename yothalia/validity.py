@@ -71,8 +71,9 @@ def reordered_gap(model, tok, qs:list[dict], # questions of one track
     "How far log-likelihoods move when the options change places, and how many picks change."
     cfg, gaps, changed = BenchmarkConfig(questions=len(qs)), [], []
     turned = [reorder(q, seed) for q in qs]
-    score = lambda some: dict(score_cloze(model, tok, some, cfg, frozenset(), persona, (Path(tempfile.mkdtemp())/'alone.jsonl', '')))
-    before, after = score(qs), score([q for q, _ in turned])
+    with tempfile.TemporaryDirectory() as box:
+        score = lambda some, name: dict(score_cloze(model, tok, some, cfg, frozenset(), persona, (Path(box)/name, '')))
+        before, after = score(qs, 'before'), score([q for q, _ in turned], 'after')
     for k, (_, order) in enumerate(turned):
         a, b = np.array(before[k]['sum'])[order], np.array(after[k]['sum'])
         gaps.append(abs(a-b).max()); changed.append(int(a.argmax() != b.argmax()))
