@@ -208,13 +208,11 @@ def _beside(at) -> str:
 # %% ../nbs/06_cluster.ipynb #815dec6e
 def _difference(at, a:str, b:str, words:str) -> list[str]:
     "How the answers of two conditions differ, in a sentence; 'none' is the rule. No sentence where they cannot be compared."
-    from yothalia.benchmark import headline_of, right
-    from yothalia.stats import against_rule, paired_difference
+    from yothalia.benchmark import headline_of
+    from yothalia.stats import against_rule, answers, paired_difference
     if not {a, b} <= at.keys() or at[b]['metrics'][f'accuracy {headline_of(at[b])}']['n'] < 2: return []
-    if a == 'none': d = against_rule(list(at.values()), b)
-    else:
-        lines = {c: read_jsonl(at[c]['path'].parent/at[c]['questions']) for c in (a, b)}
-        d = paired_difference(*(right(lines[c], headline_of(at[c])) for c in (a, b)), [o['cluster'] for o in lines[b]])
+    given = answers([at[c] for c in (a, b) if c != 'none'])
+    d = against_rule(given, b) if a == 'none' else paired_difference(given.wide[a], given.wide[b], given.clusters)
     said = f"{words} {d['difference']*100:+.0f} points [{d['low']*100:+.0f}, {d['high']*100:+.0f}]"
     if d['low'] > 0 or d['high'] < 0: return [said]
     seen = f"{d['detectable']*100:.0f} would have been found in 80 of 100 such runs" if d['detectable'] == d['detectable'] else 'too few questions to find any difference'

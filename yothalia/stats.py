@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SETTINGS', 'PAIRS', 'EFFECTS', 'StatsConfig', 'StatsError', 'setting', 'benchmark_records', 'overview', 'one_each',
-           'answers', 'paired', 'cluster_sums', 'bootstrap_means', 'percentile_interval', 'sign_flip_p', 'detectable',
-           'discordant_share', 'questions_needed', 'design_effect', 'estimate', 'paired_difference', 'compare_files',
-           'holm', 'compare', 'say', 'factorial', 'accuracies', 'baselines_of', 'plot_forest', 'against_rule',
-           'find_questions', 'flips', 'read_flips', 'accuracy_by', 'plot_by', 'accuracy_by_budget', 'plot_budget',
+           'Answers', 'paired', 'answers', 'cluster_sums', 'bootstrap_means', 'percentile_interval', 'sign_flip_p',
+           'detectable', 'discordant_share', 'questions_needed', 'design_effect', 'estimate', 'paired_difference',
+           'compare_files', 'holm', 'compare', 'say', 'factorial', 'accuracies', 'baselines_of', 'plot_forest',
+           'against_rule', 'find_questions', 'flips', 'read_flips', 'accuracy_by', 'plot_by', 'plot_budget',
            'save_effects', 'questions_like']
 
 # %% ../nbs/04c_stats.ipynb #34dcaf8e
@@ -21,17 +21,17 @@ from scipy import optimize, stats
 from statsmodels.stats.multitest import multipletests
 from .core import *
 from .core import Config, Field
-from .prompts import CONDITIONS
-from .benchmark import accuracy, headline_of, mcnemar, right
+from .prompts import COLOURS, CONDITIONS
+from .benchmark import MODES, ModeName, ReadingName, accuracy, headline_of, mcnemar, picked, right
 
 # %% ../nbs/04c_stats.ipynb #ff5103d0
 class StatsConfig(Config):
     "Parameters of this room."
-    records: str = ''
+    records: str = 'results/sample'
     out: str = '_runs/demo'
-    mode: Literal['cloze', 'letter', 'generate'] = 'cloze'
-    reading: Literal['', 'sum', 'token', 'byte', 'pmi', 'letter', 'strict', 'lenient'] = ''
-    track: str = 'random'
+    mode: ModeName = 'cloze'
+    reading: Literal['']|ReadingName = ''
+    track: str = 'voice'
     draws: int = Field(5000, ge=200)
     experiments: int = Field(400, ge=200)
     seed: int = Field(0, ge=0, lt=2**32)
@@ -97,20 +97,24 @@ def _read(file:Path, by:str # a per-question file, the score that decides
         raise StatsError(f'{file.name} has no {by!r} in {len(missing)} lines: choose one of {", ".join(known)}')
     table = pd.DataFrame([{k: o.get(k) for k in ('id', 'cluster', 'lang', 'answer')} for o in lines])
     if twice := int(table['id'].duplicated().sum()): raise StatsError(f'{file.name} has {twice} questions twice: delete it and score again')
-    picked = [o[by] if by in ('strict', 'lenient') else int(np.argmax(o[by])) for o in lines]
-    return table.assign(picked=pd.array(picked, dtype='Int64'), right=right(lines, by))
+    return table.assign(picked=pd.array([picked(o, by) for o in lines], dtype='Int64'), right=right(lines, by))
 
-def answers(source:str|Path|list[dict], # a folder or records
-            mode:str='cloze', # cloze, letter or generate
-            by:str='', # the score that decides; empty for the headline that the record names
-            along:str='condition', # the setting that is compared
-            **what # other settings, where the folder holds several
-           ) -> pd.DataFrame: # `along`, id, cluster, lang, answer, picked, right
-    "All answers of the records that differ along one setting, a line a question and value."
-    kept = one_each(benchmark_records(source, mode=mode, **what), along)
-    heads = {headline_of(r) for r in kept.values()}
-    if not by and len(heads) > 1: raise StatsError(f'these records are read in different ways ({", ".join(sorted(heads))}): say by which, e.g. by={sorted(heads)[0]!r}')
-    return pd.concat([_read(r['path'].parent/r['questions'], by or headline_of(r)).assign(**{along: v}) for v, r in kept.items()], ignore_index=True)
+# %% ../nbs/04c_stats.ipynb #c0d15ab2
+class Answers:
+    "Who answered what: a table with one line per question and value of the compared setting, and the records behind it."
+    def __init__(self, table:pd.DataFrame, # `along`, id, cluster, lang, answer, picked, right
+                 along:str='condition', # the column that is compared
+                 records=(), # of the benchmark
+                 by:str=''): # the score that decided
+        self.table, self.along, self.records, self.by = table, along, list(records), by
+        self.wide, self.clusters = paired(table, along)
+
+    @property
+    def values(self) -> list: return list(self.wide)
+
+    def __repr__(self):
+        shares = ', '.join(f'{k} {v:.2f}' for k, v in self.wide.mean().items())
+        return f'{len(self.wide):,} questions of {len(set(self.clusters))} characters, right by {self.by or "what was given"}: {shares}'
 
 # %% ../nbs/04c_stats.ipynb #67f02d04
 def paired(table:pd.DataFrame, # from `answers`
@@ -122,6 +126,21 @@ def paired(table:pd.DataFrame, # from `answers`
         counts = ', '.join(f'{k} {n}' for k, n in wide.notna().sum().items())
         raise StatsError(f'not the same questions: {counts}, and {int(wide.notna().all(axis=1).sum())} in common')
     return wide.astype(bool), table.drop_duplicates('id').set_index('id')['cluster'].loc[wide.index].to_numpy()
+
+# %% ../nbs/04c_stats.ipynb #c0d15ab4
+def answers(source:str|Path|list[dict], # a folder or records
+            mode:str='cloze', # cloze, letter or generate
+            by:str='', # the score that decides; empty for the headline that the record names
+            along:str='condition', # the setting that is compared
+            **what # other settings, where the folder holds several, e.g. track='voice'
+           ) -> Answers:
+    "All answers of the records that differ along one setting; a `StatsError` if they differ in more."
+    kept = one_each(benchmark_records(source, mode=mode, **what), along)
+    heads = {by} if by else {headline_of(r) for r in kept.values()}
+    if len(heads) > 1: raise StatsError(f'these records are read in different ways ({", ".join(sorted(heads))}): say by which, e.g. by={sorted(heads)[0]!r}')
+    by = heads.pop()
+    tables = [_read(r['path'].parent/r['questions'], by).assign(**{along: v}) for v, r in kept.items()]
+    return Answers(pd.concat(tables, ignore_index=True), along, list(kept.values()), by)
 
 # %% ../nbs/04c_stats.ipynb #0eead020
 def cluster_sums(values, # (n,) or (n, k)
@@ -262,16 +281,15 @@ def holm(p # (n,) p-values
     "Holm's correction (Holm 1979), by statsmodels."
     return multipletests(np.asarray(p, float), method='holm')[1] if len(p) else np.zeros(0)
 
-def compare(source:str|Path|list[dict], # a folder or records
+def compare(a:Answers, # from `answers`
             pairs=None, # (from, to) values; the conditions' `PAIRS`, or the first value against each other one
-            mode:str='cloze', by:str='', along:str='condition', # as in `answers`
-            draws:int=10_000, seed:int=0, level:float=.95, power:float=.8, **what) -> pd.DataFrame:
-    "Paired comparisons along a setting with Holm's correction over all of them; a line a pair."
-    wide, clusters = paired(answers(source, mode, by, along, **what), along)
-    pairs = pairs or (PAIRS if along == 'condition' else [(wide.columns[0], v) for v in wide.columns[1:]])
-    pairs = [(a, b) for a, b in pairs if {a, b} <= set(wide)]
-    rows = [{'from': a, 'to': b} | paired_difference(wide[a], wide[b], clusters, draws, seed, 1-(1-level)/len(pairs), power) for a, b in pairs]
-    if not rows: raise StatsError(f'nothing to compare: {along} has only {", ".join(map(str, wide))}')
+            draws:int=10_000, seed:int=0, level:float=.95, power:float=.8) -> pd.DataFrame: # one line per pair
+    "Paired comparisons along a setting, with Holm's correction over all of them."
+    pairs = pairs or (PAIRS if a.along == 'condition' else [(a.values[0], v) for v in a.values[1:]])
+    pairs = [p for p in pairs if set(p) <= set(a.values)]
+    if not pairs: raise StatsError(f'nothing to compare: {a.along} has only {", ".join(map(str, a.values))}')
+    rows = [{'from': x, 'to': y} | paired_difference(a.wide[x], a.wide[y], a.clusters, draws, seed, 1-(1-level)/len(pairs), power)
+            for x, y in pairs]
     table = pd.DataFrame(rows)
     table.insert(table.columns.get_loc('p')+1, 'p_holm', holm(table['p']))
     return table
@@ -296,72 +314,64 @@ EFFECTS = { # name → (family, weight of each condition)
     'prompt without adapter': ('simple', dict(base=-1, prompt=1)), 'prompt with adapter': ('simple', dict(lora=-1, both=1)),
     'adapter without prompt': ('simple', dict(base=-1, lora=1)), 'adapter with prompt': ('simple', dict(prompt=-1, both=1))}
 
-def factorial(source:str|Path|list[dict], # a folder or records
-              mode:str='cloze', by:str='', # as in `answers`
-              draws:int=10_000, seed:int=0, level:float=.95, power:float=.8, **what) -> pd.DataFrame: # a line an effect
+def factorial(a:Answers, # along the condition
+              draws:int=10_000, seed:int=0, level:float=.95, power:float=.8) -> pd.DataFrame: # one line per effect
     "Main effects, interaction and simple effects of prompt and adapter, by cluster bootstrap, with Holm's correction in each family."
-    wide, clusters = paired(answers(source, mode, by, **what))
-    if missing := [c for c in CONDITIONS if c not in wide]: raise StatsError(f'the 2 × 2 needs four conditions, {", ".join(missing)} missing: train an adapter and run 04_benchmark')
+    if missing := [c for c in CONDITIONS if c not in a.values]: raise StatsError(f'the 2 × 2 needs four conditions, {", ".join(missing)} missing: train an adapter and run 04_benchmark')
     size = pd.Series([family for family, _ in EFFECTS.values()]).value_counts()
-    rows = [dict(effect=name, family=family) | estimate(sum(w*wide[c] for c, w in weights.items()), clusters, draws, seed, 1-(1-level)/size[family], power)
+    rows = [dict(effect=name, family=family) | estimate(sum(w*a.wide[c] for c, w in weights.items()), a.clusters, draws, seed, 1-(1-level)/size[family], power)
             for name, (family, weights) in EFFECTS.items()]
     table = pd.DataFrame(rows)
     table.insert(table.columns.get_loc('p')+1, 'p_holm', table.groupby('family')['p'].transform(holm))
     return table
 
 # %% ../nbs/04c_stats.ipynb #92342cd7
-def accuracies(source:str|Path|list[dict], # a folder or records
-               mode:str='cloze', by:str='', along:str='condition', # as in `answers`
-               draws:int=10_000, seed:int=0, level:float=.95, **what) -> pd.DataFrame: # a line a value of `along`
+def accuracies(a:Answers, draws:int=10_000, seed:int=0, level:float=.95) -> pd.DataFrame: # one line per value of `a.along`
     "Accuracy with Wilson interval (low, high) and cluster bootstrap interval (cluster_low, cluster_high), and unread answers."
-    table = answers(source, mode, by, along, **what)
     rows = []
-    for value, g in table.groupby(along, sort=False):
+    for value, g in a.table.groupby(a.along, sort=False):
         m, units = accuracy(g['right']), len(cluster_sums(g['right'], g['cluster'])[1])
         low, high = percentile_interval(bootstrap_means(g['right'], g['cluster'], draws, seed)[:, 0], units, level)
-        rows.append({along: value, 'accuracy': m['value'], 'low': m['interval'][0], 'high': m['interval'][1], 'cluster_low': low, 'cluster_high': high,
+        rows.append({a.along: value, 'accuracy': m['value'], 'low': m['interval'][0], 'high': m['interval'][1], 'cluster_low': low, 'cluster_high': high,
                      'unread': g['picked'].isna().mean(), 'n': len(g), 'clusters': g['cluster'].nunique()})
     return pd.DataFrame(rows)
 
-def baselines_of(source:str|Path|list[dict], # a folder or records
-                 like:dict # a record with the same questions
-                ) -> dict[str,float]: # rule → accuracy
-    "What rules and chance get on the questions of a record; empty if no record of mode 'rules' is there."
-    try: rules = benchmark_records(source, mode='rules', questions_hash=like['what'].get('questions_hash'), track=like['what'].get('track'))
-    except StatsError: return {}
+def _rules(a:Answers) -> list[dict]:
+    "The records of mode 'rules' that lie beside the answers' and are about the same questions."
+    like, folders = a.records[0]['what'], {r['path'].parent for r in a.records}
+    return [r for f in folders for r in load_records(f, step='benchmark', mode='rules', questions_hash=like['questions_hash'], track=like['track'])]
+
+def baselines_of(a:Answers) -> dict[str,float]: # rule → accuracy
+    "What rules and chance get on the same questions; empty if no record of mode 'rules' is there."
+    rules = _rules(a)
     return {name: m['value'] for r in rules for name, m in r['metrics'].items() if m['unit'] == 'accuracy'}
 
 # %% ../nbs/04c_stats.ipynb #16ad4b86
-def plot_forest(source:str|Path|list[dict], # a folder or records
-                mode:str='cloze', by:str='', along:str='condition', # as in `answers`
-                ax=None, draws:int=10_000, seed:int=0, **what):
+def plot_forest(a:Answers, ax=None, draws:int=10_000, seed:int=0):
     "Accuracies as points with Wilson (thick) and cluster bootstrap (thin) intervals; rules and chance as lines."
-    import matplotlib.pyplot as plt, seaborn as sns
-    t = accuracies(source, mode, by, along, draws, seed, **what)
+    import matplotlib.pyplot as plt
+    t = accuracies(a, draws, seed)
     ax = ax or plt.subplots(figsize=(7, .45*len(t)+1.5), layout='constrained')[1]
-    like = benchmark_records(source, mode=mode, **what)[0]
-    for i, (name, v) in enumerate(sorted(baselines_of(source, like).items(), key=lambda o: o[1])):
+    for i, (name, v) in enumerate(sorted(baselines_of(a).items(), key=lambda o: o[1])):
         ax.axvline(v, color='gray', lw=1, ls=('--', '-.', ':', (0, (5, 1)))[i % 4], zorder=0, label=f'{name} {v:.2f}')
-    for y, (r, color) in enumerate(zip(t.to_dict('records'), sns.color_palette('colorblind', len(t)))):
+    for y, (r, color) in enumerate(zip(t.to_dict('records'), [COLOURS.get(v, 'C0') for v in t[a.along]])):
         for low, high, lw in (('cluster_low', 'cluster_high', 1.2), ('low', 'high', 4)): ax.plot([r[low], r[high]], [y, y], color=color, lw=lw, alpha=.7)
         ax.plot(r['accuracy'], y, 'o', color=color)
         ax.annotate(f"{r['accuracy']:.2f}", (r['accuracy'], y), (0, 7), textcoords='offset points', ha='center', fontsize=8)
-    ax.set_yticks(range(len(t)), t[along].astype(str))
-    ax.set(ylim=(len(t)-.5, -.7), xlim=(0, 1), xlabel=f'accuracy, {mode} by {by or headline_of(like)}, {t.n.iloc[0]} questions, {t.clusters.iloc[0]} characters')
+    ax.set_yticks(range(len(t)), t[a.along].astype(str))
+    ax.set(ylim=(len(t)-.5, -.7), xlim=(0, 1), xlabel=f'accuracy by {a.by}, {t.n.iloc[0]:,} questions, {t.clusters.iloc[0]} characters')
     if ax.get_legend_handles_labels()[0]: ax.legend(fontsize=8, frameon=False, loc='upper left', bbox_to_anchor=(1, 1))
     return ax
 
 # %% ../nbs/04c_stats.ipynb #490a7a40
-def against_rule(source:str|Path|list[dict], # a folder or records
-                 condition:str='prompt', mode:str='cloze', by:str='', # whose answers, as in `answers`
-                 draws:int=10_000, seed:int=0, level:float=.95, power:float=.8, **what) -> dict: # as `paired_difference`, and the rule
+def against_rule(a:Answers, value='prompt', # whose answers: a value of `a.along`
+                 draws:int=10_000, seed:int=0, level:float=.95, power:float=.8) -> dict: # as `paired_difference`, and the rule
     "The accuracy of a model minus that of the rule chosen on held-out rows; a `StatsError` where no such rule is recorded."
-    rec = one_each(benchmark_records(source, mode=mode, condition=condition, **what))[condition]
-    rules = [r for r in benchmark_records(source, mode='rules', questions_hash=rec['what']['questions_hash'], **what) if 'rule' in r['what']]
+    rules = [r for r in _rules(a) if 'rule' in r['what']]
     if not rules: raise StatsError('no record says which rule was chosen on held-out rows: run 04_benchmark again')
-    table, rule = _read(rec['path'].parent/rec['questions'], by or headline_of(rec)).set_index('id'), rules[0]['what']['rule']
-    picks = {o['id']: o[rule] == o['answer'] for o in read_jsonl(rules[0]['path'].parent/rules[0]['questions'])}
-    return dict(rule=rule) | paired_difference([picks[i] for i in table.index], table['right'], table['cluster'], draws, seed, level, power)
+    rule = rules[0]['what']['rule']
+    hits = {o['id']: o[rule] == o['answer'] for o in read_jsonl(rules[0]['path'].parent/rules[0]['questions'])}
+    return dict(rule=rule) | paired_difference([hits[i] for i in a.wide.index], a.wide[value], a.clusters, draws, seed, level, power)
 
 # %% ../nbs/04c_stats.ipynb #b2178122
 def find_questions(records:list[dict], # of the benchmark
@@ -374,17 +384,16 @@ def find_questions(records:list[dict], # of the benchmark
             if asked <= (qs := {q['id']: q for q in read_jsonl(file)}).keys(): return qs
     raise StatsError('no questions.jsonl with all these questions lies beside the records or above: put it there')
 
-def flips(source:str|Path|list[dict], # a folder or records
-          a='base', b='lora', # values of `along`
-          mode:str='cloze', by:str='', along:str='condition', **what) -> pd.DataFrame: # flip, id, cluster, lang, user, true, and what each picked
-    "Questions that b won and lost against a, with their texts; the won ones first."
-    pair = [r for r in benchmark_records(source, mode=mode, **what) if setting(r, along) in (a, b)]
-    qs, table = find_questions(pair), answers(pair, mode, by, along)
-    wide, picked = paired(table, along)[0], table.pivot(index='id', columns=along, values='picked')
+def flips(a:Answers, x='base', y='lora' # values of `a.along`
+         ) -> pd.DataFrame: # flip, id, cluster, lang, user, true, and what each picked
+    "Questions that y won and lost against x, with their texts; the won ones first."
+    qs, wide, picked = find_questions(a.records), a.wide, a.table.pivot(index='id', columns=a.along, values='picked')
     text = lambda i, k: '(unread)' if pd.isna(k) else qs[i]['choices'][int(k)]
-    rows = [dict(flip='won' if wide.at[i, b] else 'lost', id=i, cluster=qs[i]['cluster'], lang=qs[i]['lang'], user=qs[i]['user'], true=qs[i]['choices'][qs[i]['answer']],
-                 **{f'{a} picked': text(i, picked.at[i, a]), f'{b} picked': text(i, picked.at[i, b])}) for i in wide.index[wide[a] != wide[b]]]
-    return pd.DataFrame(rows, columns=['flip', 'id', 'cluster', 'lang', 'user', 'true', f'{a} picked', f'{b} picked']).sort_values('flip', ascending=False, kind='stable', ignore_index=True)
+    rows = [dict(flip='won' if wide.at[i, y] else 'lost', id=i, cluster=qs[i]['cluster'], lang=qs[i]['lang'], user=qs[i]['user'],
+                 true=qs[i]['choices'][qs[i]['answer']], **{f'{v} picked': text(i, picked.at[i, v]) for v in dict.fromkeys((x, y))})
+            for i in wide.index[wide[x] != wide[y]]]
+    columns = ['flip', 'id', 'cluster', 'lang', 'user', 'true', f'{x} picked', f'{y} picked']
+    return pd.DataFrame(rows, columns=columns).sort_values('flip', ascending=False, kind='stable', ignore_index=True)
 
 # %% ../nbs/04c_stats.ipynb #05b6c3a4
 def read_flips(table:pd.DataFrame, # from `flips`
@@ -410,14 +419,12 @@ def _lengths(table:pd.DataFrame, questions:dict[str,dict], bins:int) -> tuple[pd
     span = size.groupby(group).agg(['min', 'max'])
     return group.map(lambda g: f"{span.at[g, 'min']:.0f}-{span.at[g, 'max']:.0f}"), group
 
-def accuracy_by(source:str|Path|list[dict], # a folder or records
-                view:Literal['language', 'character', 'length', 'position']='character', # what makes the groups
-                mode:str='cloze', by:str='', along:str='condition', bins:int=4, # as in `answers`; groups of length
-                **what) -> pd.DataFrame: # view, along, accuracy, low, high, n; for position also picked, the share of answers that took it
-    "Accuracy in groups of questions with Wilson intervals, for each value of `along`."
-    kept = list(one_each(benchmark_records(source, mode=mode, **what), along).values())
-    table = answers(kept, mode, by, along)
-    if view == 'length': table[view], table['_order'] = _lengths(table, find_questions(kept), bins)
+def accuracy_by(a:Answers, view:Literal['language', 'character', 'length', 'position']='character', # what makes the groups
+                bins:int=4 # groups of length
+               ) -> pd.DataFrame: # view, along, accuracy, low, high, n; for position also picked, the share of answers that took it
+    "Accuracy in groups of questions with Wilson intervals, for each value of `a.along`."
+    table, along = a.table.copy(), a.along
+    if view == 'length': table[view], table['_order'] = _lengths(table, find_questions(a.records), bins)
     else: table[view] = table['_order'] = table[dict(language='lang', character='cluster', position='answer')[view]]
     rows = []
     for (_, group, value), g in table.groupby(['_order', view, along], sort=True, dropna=False):
@@ -428,46 +435,35 @@ def accuracy_by(source:str|Path|list[dict], # a folder or records
     return pd.DataFrame(rows).sort_values(along, key=lambda s: s.map(values.index), kind='stable', ignore_index=True)
 
 # %% ../nbs/04c_stats.ipynb #bb991dab
-def plot_by(source:str|Path|list[dict], # a folder or records
-            view:str='length', # language, character, length or position
-            mode:str='cloze', by:str='', along:str='condition', ax=None, bins:int=4, **what):
+def plot_by(a:Answers, view:str='length', # language, character, length or position
+            ax=None, bins:int=4):
     "Accuracy in groups with Wilson intervals; characters from the easiest to the hardest, and chance as a line."
     import matplotlib.pyplot as plt
-    t = accuracy_by(source, view, mode, by, along, bins, **what)
+    t = accuracy_by(a, view, bins)
     groups = list(dict.fromkeys(t[view]))
     if view == 'character': groups = t.groupby(view)['accuracy'].mean().sort_values(ascending=False).index.tolist()
     ax = ax or plt.subplots(figsize=(min(10, max(4, .4*len(groups)+2)), 3), layout='constrained')[1]
-    values = list(dict.fromkeys(t[along]))
+    values = a.values
     for j, v in enumerate(values):
-        some = t[t[along] == v]; x = some[view].map(groups.index) + (j-(len(values)-1)/2)*.14
-        ax.errorbar(x, some['accuracy'], [some['accuracy']-some['low'], some['high']-some['accuracy']], fmt='o', ms=4, lw=1, label=str(v))
-    if (k := setting(benchmark_records(source, mode=mode, **what)[0], 'options')): ax.axhline(1/k, color='gray', ls=':', lw=1)
+        some = t[t[a.along] == v]; x = some[view].map(groups.index) + (j-(len(values)-1)/2)*.14
+        ax.errorbar(x, some['accuracy'], [some['accuracy']-some['low'], some['high']-some['accuracy']], fmt='o', ms=4, lw=1, label=str(v), color=COLOURS.get(v))
+    if a.records and (k := setting(a.records[0], 'options')): ax.axhline(1/k, color='gray', ls=':', lw=1)
     ax.set_xticks(range(len(groups)), [str(g) for g in groups], rotation=60 if view == 'character' else 0, ha='right' if view == 'character' else 'center', fontsize=8)
     ax.set(ylim=(-.03, 1.03), ylabel='accuracy', xlabel={'length': 'length of the true reply, characters', 'position': 'position of the true reply'}.get(view, view))
     return ax
 
 # %% ../nbs/04c_stats.ipynb #fd19d70f
-def accuracy_by_budget(source:str|Path|list[dict], # a folder or records
-                       mode:str='cloze', by:str='', **what) -> pd.DataFrame: # condition, max_reply, accuracy, low, high, n
-    "Accuracy of each condition at each token budget, with Wilson intervals."
-    kept = benchmark_records(source, mode=mode, **what)
-    conditions = [c for c in CONDITIONS if any(setting(r, 'condition') == c for r in kept)]
-    rows = []
-    for c in conditions:
-        for budget, g in answers(kept, mode, by, 'max_reply', condition=c).groupby('max_reply'):
-            m = accuracy(g['right'])
-            rows.append(dict(condition=c, max_reply=budget, accuracy=m['value'], low=m['interval'][0], high=m['interval'][1], n=len(g)))
-    return pd.DataFrame(rows)
-
-def plot_budget(source:str|Path|list[dict], mode:str='cloze', by:str='', ax=None, **what):
-    "Accuracy against the token budget, a line a condition, with Wilson intervals; chance as a line."
+def plot_budget(some:dict[str,Answers], # condition → its answers along max_reply
+                ax=None):
+    "Accuracy against the token budget, a line per condition, with Wilson intervals; chance as a line."
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(6, 3), layout='constrained')[1]
-    for j, (c, g) in enumerate(accuracy_by_budget(source, mode, by, **what).groupby('condition', sort=False)):
-        ax.errorbar(g['max_reply']*(1+.02*j), g['accuracy'], [g['accuracy']-g['low'], g['high']-g['accuracy']], marker='o', ms=4, lw=1, capsize=2, label=c)
-        ticks = sorted(g['max_reply'])
-    if (k := setting(benchmark_records(source, mode=mode, **what)[0], 'options')): ax.axhline(1/k, color='gray', ls=':', lw=1)
-    ax.set_xscale('log', base=2); ax.set_xticks(ticks, [f'{t:.0f}' for t in ticks]); ax.legend(fontsize=8)
+    for j, (c, a) in enumerate(some.items()):
+        g = accuracies(a, 200)
+        ax.errorbar(g['max_reply']*(1+.02*j), g['accuracy'], [g['accuracy']-g['low'], g['high']-g['accuracy']], marker='o', ms=4, lw=1,
+                    capsize=2, label=c, color=COLOURS.get(c))
+    if a.records and (k := setting(a.records[0], 'options')): ax.axhline(1/k, color='gray', ls=':', lw=1)
+    ax.set_xscale('log', base=2); ax.set_xticks(a.values, [f'{t:.0f}' for t in a.values]); ax.legend(fontsize=8)
     ax.set(ylim=(0, 1), xlabel='tokens of a reply that are scored', ylabel='accuracy')
     return ax
 
