@@ -7,9 +7,9 @@ __all__ = ['MODES', 'ModeName', 'ReadingName', 'about', 'Mode', 'scores', 'Bench
            'normalised', 'kept', 'write_lines', 'prior_scores', 'pair', 'score_once', 'by_question', 'score_speaker',
            'score_cloze', 'original_prompt', 'ask', 'label_ids', 'rotated', 'letter_items', 'score_letter',
            'parse_strict', 'parse_lenient', 'answered', 'score_generate', 'accuracy', 'mcnemar', 'picked', 'right',
-           'summary', 'score_all', 'key_of_prior', 'described', 'split_kind', 'dev_questions_of', 'choose_headline',
-           'in_mode', 'benchmark', 'one_record', 'headline_of', 'accuracy_table', 'brief_table', 'plot_accuracy',
-           'model_replies', 'ask_tracks']
+           'summary', 'score_all', 'key_of_prior', 'described', 'split_kind', 'template_of', 'dev_questions_of',
+           'choose_headline', 'in_mode', 'benchmark', 'one_record', 'headline_of', 'accuracy_table', 'brief_table',
+           'plot_accuracy', 'model_replies', 'ask_tracks']
 
 # %% ../nbs/04_benchmark.ipynb #83db4014
 import hashlib, json, re
@@ -37,7 +37,7 @@ class Mode:
     "A way of asking."
     readings: tuple[str, ...]  # how an answer can be read; the first is the headline where none was chosen
     most: str = ''             # the parameter with the number of questions that it is asked; empty for all
-    score: Callable|None = None # (model, tok, qs, cfg, done, persona, …) → (number, fields of its line), set by `scores`
+    score: Callable|None = None # (model, tok, qs, cfg, done, template, …) → (number, fields of its line), set by `scores`
 
 MODES = {'cloze': Mode(('pmi', 'token', 'sum', 'byte')), 'letter': Mode(('letter',), 'letter_questions'),
          'generate': Mode(('strict', 'lenient'), 'generate_questions')}
@@ -56,6 +56,7 @@ class BenchmarkConfig(Config):
     model: str = 'smollm2-135m'
     precision: PrecisionName = 'bf16'
     adapter: str = 'auto'
+    template: str = 'auto'
     tracks: list[TrackName] = Field(['speaker', 'voice', 'random'], min_length=1)
     otherwise: list[TrackName] = ['own', 'random']
     questions: int = Field(4, ge=0)
@@ -80,13 +81,13 @@ def conditions(qs:list[dict], # questions of one track
     return [c for c, (persona, on) in CONDITIONS.items() if (adapter or not on) and (told or not persona) and (persona or not speaker)]
 
 # %% ../nbs/04_benchmark.ipynb #ed389ef7
-def question_item(q:dict, tok, persona:bool=True, # a question, the model's tokenizer, with the persona in the system turn
+def question_item(q:dict, tok, template:Template=PERSONA, # a question, the model's tokenizer, how the character is told
                   max_reply:int=128, # tokens of a reply that count
                   max_context:int=2048 # tokens of persona, history and line
                  ) -> Item:
     "A question as token ids: its context, and each choice up to its stop token."
-    q = within({**q, 'reply': ''}, tok, persona, max_context)
-    coded = [encode({**q, 'reply': c}, tok, persona) for c in q['choices']]
+    q = within({**q, 'reply': ''}, tok, template, max_context)
+    coded = [encode({**q, 'reply': c}, tok, template) for c in q['choices']]
     start = coded[0]['labels'].count(-100)
     return Item(coded[0]['input_ids'][:start], [e['input_ids'][start:][:max_reply] for e in coded])
 
@@ -127,7 +128,7 @@ def prior_scores(model, tok, replies:list[str], path:Path, key:str, max_reply:in
     "Log-likelihood of every distinct reply after an empty line."
     replies = sorted(set(replies))
     groups = [replies[i:i+16] for i in range(0, len(replies), 16)]
-    items = [question_item(dict(instruction='', user='', choices=g), tok, False, max_reply) for g in groups]
+    items = [question_item(dict(instruction='', user='', choices=g), tok, BARE, max_reply) for g in groups]
     score = lambda done: ((k, dict(nats=np.round(s, 5).tolist())) for k, s in score_items(model, items, budget, done))
     lines = write_lines(path, key, [content_hash(g) for g in groups], score, 'replies alone')
     return {r: s for g, o in zip(groups, lines) for r, s in zip(g, o['nats'])}
@@ -166,18 +167,18 @@ def by_question(model, items:list[list[Item]], # the items of each question
         if len(got[j]) == len(items[j]): yield j, [got[j][r] for r in range(len(items[j]))]; del got[j]
 
 # %% ../nbs/04_benchmark.ipynb #038e9980
-def score_speaker(model, tok, qs, cfg, done, known=None):
+def score_speaker(model, tok, qs, cfg, done, template:Template=PERSONA, known=None):
     "Yields (number, log-likelihood of the reply under each persona: sum, and mean per token)."
-    items = [[question_item(q | dict(instruction=p, choices=[q['reply']]), tok, True, cfg.max_reply, cfg.max_context) for p in q['choices']] for q in qs]
+    items = [[question_item(q | dict(instruction=p, choices=[q['reply']]), tok, template, cfg.max_reply, cfg.max_context) for p in q['choices']] for q in qs]
     for k, s in by_question(model, items, cfg.budget, done, known):
         sums = np.concatenate(s)
         yield k, dict(sum=np.round(sums, 5).tolist(), token=np.round(sums/len(items[k][0].choices[0]), 5).tolist())
 
 @scores('cloze')
-def score_cloze(model, tok, qs, cfg, done, persona:bool, prior=('', ''), known=None): # path and key of the file with the replies alone
+def score_cloze(model, tok, qs, cfg, done, template:Template, prior=('', ''), known=None): # path and key of the file with the replies alone
     "Yields (number, scores of the choices) of the questions that are not done: by sum, token, byte and PMI, or by sum where the personas vary."
-    if TRACKS[qs[0].get('track', 'random')].varies == 'persona': yield from score_speaker(model, tok, qs, cfg, done, known); return
-    items = [question_item(q, tok, persona, cfg.max_reply, cfg.max_context) for q in qs]
+    if TRACKS[qs[0].get('track', 'random')].varies == 'persona': yield from score_speaker(model, tok, qs, cfg, done, template, known); return
+    items = [question_item(q, tok, template, cfg.max_reply, cfg.max_context) for q in qs]
     priors = prior_scores(model, tok, [c for q in qs for c in q['choices']], *prior, cfg.max_reply, cfg.budget)
     for k, s in score_once(model, items, cfg.budget, done, known): yield k, normalised(items[k], tok, s, np.array([priors[c] for c in qs[k]['choices']]))
 
@@ -191,7 +192,7 @@ def original_prompt(q:dict, persona:bool=True) -> str:
 
 def ask(q:dict, tok, persona:bool=True) -> str: # rendered text
     "The original's question as a user turn of the model's chat template."
-    return render({'instruction':'', 'user':original_prompt(q, persona), 'reply':''}, tok, False)[0]
+    return render({'instruction':'', 'user':original_prompt(q, persona), 'reply':''}, tok, BARE)[0]
 
 # %% ../nbs/04_benchmark.ipynb #76822030
 def label_ids(tok, n:int # options
@@ -214,9 +215,9 @@ def letter_items(q:dict, tok, persona:bool) -> list[Item]: # one for each rotati
 
 # %% ../nbs/04_benchmark.ipynb #5476b67a
 @scores('letter')
-def score_letter(model, tok, qs, cfg, done, persona:bool, prior=None, known=None):
+def score_letter(model, tok, qs, cfg, done, template:Template, prior=None, known=None):
     "Yields (number, mean log-probability of each choice over the rotations, and the numbers' in each rotation)."
-    for k, s in by_question(model, [letter_items(q, tok, persona) for q in qs], cfg.budget, done):
+    for k, s in by_question(model, [letter_items(q, tok, template is not BARE) for q in qs], cfg.budget, done):
         each = np.round(s, 5)
         yield k, dict(letter=np.mean([np.roll(o, -r) for r, o in enumerate(each)], 0).round(5).tolist(), rotations=each.tolist())
 
@@ -239,10 +240,10 @@ def answered(model, tok, q:dict, persona:bool, new_tokens:int=16, temperature:fl
     return dict(said=said, strict=parse_strict(said, n), lenient=parse_lenient(said, n))
 
 @scores('generate')
-def score_generate(model, tok, qs, cfg, done, persona:bool, prior=None, known=None):
+def score_generate(model, tok, qs, cfg, done, template:Template, prior=None, known=None):
     "Yields (number, what was said and how it is read)."
     for k, q in enumerate(qs):
-        if k not in done: yield k, answered(model, tok, q, persona, temperature=cfg.temperature, seed=cfg.seed)
+        if k not in done: yield k, answered(model, tok, q, template is not BARE, temperature=cfg.temperature, seed=cfg.seed)
 
 # %% ../nbs/04_benchmark.ipynb #ad6bb7ca
 def accuracy(right # (n,) right or wrong
@@ -286,21 +287,23 @@ about = lambda q: {k: q[k] for k in ('cluster', 'lang', 'answer', 'set') if k in
 
 def score_all(cfg:BenchmarkConfig, model, tok, qs:list[dict], mode:str, condition:str, path:Path, # the per-question file
               what:dict, # what the record will say: part of the key
-              known:dict|None=None # with and without the adapter, what was scored before
+              known:dict|None=None, # with and without the adapter, what was scored before
+              told:Template=PERSONA # where the model is told the persona
              ) -> list[dict]: # id, key, cluster, lang, answer, and the mode's scores
     "Score all questions of one track in one mode and condition."
-    persona, on = CONDITIONS[condition]
+    tells, on = CONDITIONS[condition]
+    template = told if tells else BARE
     setting = [what, cfg.max_reply, cfg.max_context, device_info()['device'], *(package_dir()/f'{m}.py' for m in ('benchmark', 'scoring', 'prompts'))]
     key = content_hash(setting, (cfg.temperature, cfg.seed) if mode == 'generate' else 0)
     prior = rooted(cfg.out)/'priors'/f"{qs[0]['track']}-{what['questions_hash']}-{'adapter' if on else 'base'}.jsonl", key_of_prior(setting, on)
     with switched(model, on):
         known = None if known is None else known.setdefault(on, {})
-        score = lambda done: ((k, about(qs[k]) | o) for k, o in MODES[mode].score(model, tok, qs, cfg, done, persona, prior, known))
+        score = lambda done: ((k, about(qs[k]) | o) for k, o in MODES[mode].score(model, tok, qs, cfg, done, template, prior, known))
         return write_lines(path, key, [q['id'] for q in qs], score, f"{qs[0]['track']} {mode} {condition}")
 
 def key_of_prior(setting:list, on:bool) -> str:
     "Replies alone depend on model and adapter, not on the condition's prompt."
-    what = {k: v for k, v in setting[0].items() if k not in ('condition', 'mode', 'headline', 'adapter')}
+    what = {k: v for k, v in setting[0].items() if k not in ('condition', 'mode', 'headline', 'adapter', 'template')}
     return content_hash(what, setting[1:], setting[0]['adapter'] if on else '')
 
 # %% ../nbs/04_benchmark.ipynb #398afd55
@@ -313,6 +316,10 @@ def split_kind(out:str|Path) -> str:
     seen, asked = ({r['character'] for r in read_jsonl(rooted(out)/'data'/f'{p}.jsonl')} for p in ('train', 'test'))
     return 'unseen lines of known characters' if asked <= seen else 'unseen characters' if not asked & seen else 'known and unseen characters'
 
+def template_of(cfg:BenchmarkConfig, condition:str) -> str:
+    "Name and hash of the prompt template that is used in a condition, for records."
+    return template_id(run_template(cfg.out, cfg.template) if CONDITIONS[condition][0] else 'bare')
+
 def dev_questions_of(cfg:BenchmarkConfig, track:str) -> list[dict]:
     "Questions of a track from the held-out rows, on which readings and rules are chosen; empty if there are none."
     path = rooted(cfg.out)/'data'/'valid.jsonl'
@@ -320,7 +327,7 @@ def dev_questions_of(cfg:BenchmarkConfig, track:str) -> list[dict]:
     except DataError: return []
 
 def choose_headline(cfg:BenchmarkConfig, model, tok, what:dict, # model, precision and the like
-                    track:str) -> dict: # headline, and what it was chosen by
+                    track:str, told:Template=PERSONA) -> dict: # headline, and what it was chosen by
     "Choose the normalisation of `cloze` on held-out rows; ties go to the earlier one."
     if TRACKS[track].varies == 'persona': return dict(headline='sum', chosen_by='nothing: the choices share one reply')
     if not cfg.dev_questions: return dict(headline='pmi', chosen_by='nothing: no dev questions')
@@ -328,8 +335,8 @@ def choose_headline(cfg:BenchmarkConfig, model, tok, what:dict, # model, precisi
     if len(dev) < 100: return dict(headline='pmi', chosen_by=f'nothing: {len(dev)} dev questions of this track are too few to choose by')
     for condition in [c for c in conditions(dev, False) if c in ('base', 'prompt')]:
         path = rooted(cfg.out)/'records'/f'dev-{track}-{condition}.questions.jsonl'
-        setting = what | dict(mode='cloze', condition=condition, adapter='', questions_hash=questions_hash(dev))
-        lines = score_all(cfg, model, tok, dev, 'cloze', condition, path, setting)
+        setting = what | dict(mode='cloze', condition=condition, adapter='', questions_hash=questions_hash(dev), template=template_of(cfg, condition))
+        lines = score_all(cfg, model, tok, dev, 'cloze', condition, path, setting, told=told)
         for n in MODES['cloze'].readings: hits[n] += right(lines, n).tolist()
     shares = {n: round(float(np.mean(v)), 4) for n, v in hits.items()}
     return dict(headline=max(shares, key=shares.get), chosen_by=f'{len(dev)} dev questions, base and prompt: {json.dumps(shares)}')
@@ -341,26 +348,30 @@ def in_mode(cfg:BenchmarkConfig, qs:list[dict], mode:str, track:str) -> list[dic
     if track not in cfg.mode_tracks or TRACKS[track].varies == 'persona': return []
     return qs[:getattr(cfg, MODES[mode].most) or None]
 
-def benchmark(cfg:BenchmarkConfig, model, tok, tracks:dict[str,list[dict]], adapter:str='') -> list[dict]: # records
+def benchmark(cfg:BenchmarkConfig, model, tok, tracks:dict[str,list[dict]], adapter:str='',
+              told:Template=PERSONA # where the model is told the persona
+             ) -> list[dict]: # records
     "Score all questions in all modes and conditions; write a record for each, and one of the rules for each track."
     base, out, folder, known = described(cfg), [], rooted(cfg.out)/'records', {}
     for f in folder.glob('benchmark-*.json'): f.unlink()  # of an earlier run; the lines are kept and taken up
     for track, qs in tracks.items():
         if not qs: continue
-        chosen = choose_headline(cfg, model, tok, base, track)
+        chosen = choose_headline(cfg, model, tok, base, track, told)
         for mode in cfg.modes:
-            if some := in_mode(cfg, qs, mode, track): out += [one_record(cfg, model, tok, some, mode, c, base, chosen, adapter, known) for c in conditions(some, bool(adapter))]
+            some = in_mode(cfg, qs, mode, track)
+            out += [one_record(cfg, model, tok, some, mode, c, base, chosen, adapter, known, told) for c in conditions(some, bool(adapter))] if some else []
         alone = next((r['lines'] for r in out if (r['what']['track'], r['what']['mode']) == (track, 'cloze')), [])
         out.append(save_rules(folder, qs, base, cfg.model_dump(), alone, dev_questions_of(cfg, track)))
     return out
 
-def one_record(cfg, model, tok, qs:list[dict], mode:str, condition:str, base:dict, chosen:dict, adapter:str, known:dict) -> dict:
+def one_record(cfg, model, tok, qs:list[dict], mode:str, condition:str, base:dict, chosen:dict, adapter:str, known:dict, told:Template) -> dict:
     "Score one track in one mode and condition, and write its record."
     used = adapter_hash(adapter) if CONDITIONS[condition][1] else ''
-    what = base | dict(track=qs[0]['track'], mode=mode, condition=condition, adapter=used, questions_hash=questions_hash(qs))
+    what = base | dict(track=qs[0]['track'], mode=mode, condition=condition, adapter=used, questions_hash=questions_hash(qs),
+                   template=template_of(cfg, condition))
     path = rooted(cfg.out)/'records'/f"benchmark-{what['track']}-{mode}-{condition}.questions.jsonl"
     sets = dict(Counter(q['made'] for q in qs if 'made' in q))
-    lines = score_all(cfg, model, tok, qs, mode, condition, path, what, known)
+    lines = score_all(cfg, model, tok, qs, mode, condition, path, what, known, told)
     if sets: what['sets'] = sets
     if mode != 'generate': what['engine'] = road(model)
     what |= chosen if mode == 'cloze' else dict(temperature=cfg.temperature) if mode == 'generate' else {}
@@ -439,7 +450,7 @@ def model_replies(model, tok, rows:list[dict], path:Path, key:str, # the file, a
     def write(done):
         for k, g in enumerate(groups):
             if k in done: continue
-            prompts = [render(within(first[u], tok, False, 1024), tok, False)[0] for u in g]
+            prompts = [render(within(first[u], tok, BARE, 1024), tok, BARE)[0] for u in g]
             greedy = speak_many(model, tok, prompts, new_tokens)
             seed_everything(seed+k)
             more = speak_many(model, tok, [p for p in prompts for _ in range(sampled)], new_tokens, do_sample=True, temperature=.8, top_p=.95)

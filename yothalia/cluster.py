@@ -22,7 +22,7 @@ from .rows import DataError
 
 # %% ../nbs/06_cluster.ipynb #91c8a2cd
 STEPS = ('01_data', '02_lora', '03_quantization', '04_benchmark', '05_profiling') # what a run does where nothing else is said
-JOBS = (*STEPS[:4], '04d_validity', '04e_specificity', *STEPS[4:]) # what it can do, in order
+JOBS = (STEPS[0], '04f_templates', *STEPS[1:4], '04d_validity', '04e_specificity', *STEPS[4:]) # what it can do, in order
 
 def room(step:str) -> str:
     "The room that a step belongs to: the name of its module."
@@ -90,9 +90,11 @@ MIN_DISK = 2e9  # bytes that a run with the default model writes at most
 def look_first(planned:dict[str,dict]):
     "Raise one sentence for whatever the steps will need and is not there."
     from yothalia.rows import persona_text, read_rows
+    from yothalia.prompts import find_template
     for step, params in planned.items():
         for p in [params['precision']] if 'precision' in params else params.get('precisions') or []: known_precision(str(p))
         if (a := params.get('adapter')) and a != 'auto': find_adapter(a)
+        if (t := params.get('template', 'auto')) != 'auto': find_template(str(t))
     for m in dict.fromkeys(p['model'] for p in planned.values() if 'model' in p): find_model(str(m))
     for p in planned.values():
         for q in [p['precision']] if 'precision' in p else []: find_memory(str(p.get('model', EMBEDDED)), str(q))
@@ -118,15 +120,20 @@ def _code(path:Path) -> str:
     "A hash of a notebook's sources, whatever its outputs."
     return content_hash([''.join(c['source']) for c in json.loads(path.read_text(encoding='utf-8'))['cells']])
 
-def step_keys(planned:dict[str,dict]) -> dict[str,str]: # step → key
+def step_keys(planned:dict[str,dict],
+              folder:Path|None=None # the run's, where an earlier run may have chosen a prompt template
+             ) -> dict[str,str]: # step → key
     "A key for each step: everything that its result depends on."
-    keys, before = {}, content_hash([content_hash(p) for p in sorted(package_dir().glob('*.py')) if p.name != 'cluster.py'])
+    from yothalia.prompts import run_template
+    code = content_hash([content_hash(p) for p in sorted(package_dir().glob('*.py')) if p.name != 'cluster.py'])
+    chosen = run_template(folder) if folder and '04f_templates' not in planned else ''
+    keys, before = {}, content_hash(code, chosen)
     for step, params in planned.items():
         file = rooted(params['data']) if isinstance(params.get('data'), str) else None
         rows = content_hash(file) if file and file.is_file() else ''
         asked = keys.get('04_benchmark', '') if step.startswith('04') else ''
-        keys[step] = content_hash(step, params, _code(project_root()/'nbs'/f'{step}.ipynb'), rows, before, asked)
-        if step in ('01_data', '02_lora'): before = keys[step]
+        keys[step] = content_hash(step, params, _code(project_root()/'nbs'/f'{step}.ipynb'), rows, code if step == '01_data' else before, asked)
+        if step in ('01_data', '04f_templates', '02_lora'): before = content_hash(keys[step], chosen)
     return keys
 
 def done_mark(folder:Path, step:str) -> Path: return folder/'done'/f'{step}.json'
@@ -172,7 +179,7 @@ def run_all(planned:dict[str,dict], folder:Path, # step → parameters; the run'
             console:Console, again:bool=False # do finished steps again
            ):
     "Run the steps in order, skip what is done, stop at the first that fails."
-    keys = step_keys(planned)
+    keys = step_keys(planned, folder)
     folder.mkdir(parents=True, exist_ok=True)
     for i, (step, params) in enumerate(planned.items(), 1):
         head = f'[{i}/{len(planned)}] {step}'

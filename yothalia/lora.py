@@ -42,6 +42,7 @@ class LoraConfig(Config):
     alpha: int = Field(32, ge=1)
     dropout: float = Field(0.0, ge=0, lt=1)
     max_tokens: int = Field(0, ge=0)
+    template: str = 'auto'
     persona_share: float = Field(0.3, ge=0, le=1)
     evals: int = Field(2, ge=1)
     merged: bool = False
@@ -53,11 +54,11 @@ class LoraConfig(Config):
 MIN_REPLY = 8  # where fewer tokens of a long reply fit, they teach nothing
 
 def example(chain:list[dict], tok, # rows of a conversation that continue each other, and the model's tokenizer
-            persona:bool=True, # with the persona in the system turn
+            template:Template=PERSONA, # how the character is put to the model
             max_tokens:int=512 # budget of the whole example
            ) -> dict|None: # input_ids, labels, replies, truncated; None if the reply does not fit
     "Ids and labels of a piece of a conversation within the budget."
-    e = encode_chain(chain, tok, persona) or encode(chain[-1], tok, persona)
+    e = encode_chain(chain, tok, template) or encode(chain[-1], tok, template)
     replies = [r['reply'] for r in chain]
     if len(e['input_ids']) <= max_tokens: return e | dict(replies=replies, truncated=False)
     if max_tokens - np.argmax(np.array(e['labels']) != -100) < MIN_REPLY: return None
@@ -83,23 +84,25 @@ def check_labels(e:dict, # from `example`
         assert run[-1] in special, f'the stop token of {whole[:40]!r} is no target'
 
 # %% ../nbs/02_lora.ipynb #ad851a0c
-def token_budget(rows, tok) -> int:
+def token_budget(rows, tok, template:Template=PERSONA) -> int:
     "Tokens of an example that hold 95 of 100 conversations, within 256 and 2,048, and 95 of 100 rows within 4,096."
     some = chains(rows)[:500]
-    whole = [len((encode_chain(c, tok) or encode(c[-1], tok))['input_ids']) for c in some if len(c) < 40]
-    alone = [len(encode(c[0] | dict(history=[]), tok)['input_ids']) for c in some]
+    whole = [len((encode_chain(c, tok, template) or encode(c[-1], tok, template))['input_ids']) for c in some if len(c) < 40]
+    alone = [len(encode(c[0] | dict(history=[]), tok, template)['input_ids']) for c in some]
     need = max(min(np.percentile(whole or alone, 95), 2048), min(np.percentile(alone, 95), 4096), 256)
     return int(math.ceil(need/64)*64)
 
 def examples(rows, tok, # rows and the model's tokenizer
-             max_tokens:int=512, persona_share:float=0.5, seed:int=0
+             max_tokens:int=512, persona_share:float=0.5, seed:int=0,
+             template:Template=PERSONA # for the share that is told the persona
             ) -> tuple[Dataset, dict]: # the data set, and what was counted
     "Examples of all conversations, each one checked, with counts of rows, targets, truncated and dropped rows."
     every, out, dropped = chains(rows), [], 0
-    with_persona = np.random.default_rng(seed).random(len(every)) < persona_share
-    for chain, p in zip(every, map(bool, with_persona)):
-        for piece in pieces(chain, tok, p, max_tokens):
-            if (e := example(piece, tok, p, max_tokens)) is None: dropped += 1; continue
+    told = np.random.default_rng(seed).random(len(every)) < persona_share
+    for chain, t in zip(every, told):
+        how = template if t and chain[-1].get('instruction') else BARE
+        for piece in pieces(chain, tok, how, max_tokens):
+            if (e := example(piece, tok, how, max_tokens)) is None: dropped += 1; continue
             check_labels(e, tok); out.append(e)
     if not out: raise DataError(f'no row fits into {max_tokens} tokens: raise max_tokens')
     count = lambda f: sum(map(f, out))
@@ -207,7 +210,7 @@ def training_key(cfg:LoraConfig,
                  rows:dict|None=None # if not those of the run
                 ) -> str:
     "A hash of everything that decides the adapter: parameters, rows, and this module."
-    what = cfg.model_dump(exclude={'out', 'merged', 'replies', 'reply_tokens'})
+    what = cfg.model_dump(exclude={'out', 'merged', 'replies', 'reply_tokens'}) | dict(template=template_id(run_template(cfg.out, cfg.template)))
     return content_hash(what, data_hash(cfg.out) if rows is None else rows, package_dir()/'lora.py', package_dir()/'prompts.py')
 
 # %% ../nbs/02_lora.ipynb #28e88cea
@@ -236,8 +239,10 @@ def fit(cfg:LoraConfig, # checked parameters
        ) -> tuple: # the trained PeftModel, the log (a list of dicts), and counts
     "Train an adapter, or take up a training that was interrupted; the best checkpoint's weights are loaded at the end."
     tok, rows = load_tokenizer(cfg.model), given or rows_of(cfg)
-    budget, sets, counts = cfg.max_tokens or token_budget(rows['train'], tok), {}, {}
-    for part, share in (('train', cfg.persona_share), ('valid', 1.)): sets[part], counts[part] = examples(rows[part], tok, budget, share, cfg.seed)
+    template = drawn_from(find_template(run_template(cfg.out, cfg.template)), rows['train'])
+    budget, sets, counts = cfg.max_tokens or token_budget(rows['train'], tok, template), {}, {}
+    for part, share in (('train', cfg.persona_share), ('valid', 1.)):
+        sets[part], counts[part] = examples(rows[part], tok, budget, share, cfg.seed, template)
     counts['budget'] = budget
     seed_everything(cfg.seed)
     model = add_lora(load_model(cfg.model, cfg.precision), cfg)
@@ -324,12 +329,13 @@ def save_adapter(model, # a trained PeftModel
 
 # %% ../nbs/02_lora.ipynb #ac7fb2bd
 def condition_losses(model, # a PeftModel
-                     rows, tok, max_tokens:int=4096 # nothing is trained, so there is room for whole rows
+                     rows, tok, max_tokens:int=4096, # nothing is trained, so there is room for whole rows
+                     template:Template=PERSONA # where the model is told the persona
                     ) -> dict[str,tuple]: # condition → (examples,) summed nats, (examples,) target tokens
     "Held-out loss of each conversation in the four conditions, in two where no row has a persona: the adapter is switched on and off."
     out = {}
     for persona, names in ((False, ('base', 'lora')), (True, ('prompt', 'both')))[:1 + personas(rows)]:
-        data, _ = examples(rows, tok, max_tokens, float(persona))
+        data, _ = examples(rows, tok, max_tokens, float(persona), template=template)
         for name in names:
             with switched(model, CONDITIONS[name][1]): out[name] = row_losses(model, data)
     return {c: out[c] for c in CONDITIONS if c in out}
@@ -348,14 +354,15 @@ def gains(of:dict[str,tuple]) -> dict[str,dict]: # 'base to lora' → metric
 # %% ../nbs/02_lora.ipynb #cd5e2d02
 def before_after(model, tok, rows, # a PeftModel, its tokenizer, rows
                  conditions=('base', 'lora'), # keys of `CONDITIONS`
-                 max_new_tokens:int=60, max_tokens:int=2048) -> list[dict]: # character, user, a reply for each condition, author
+                 max_new_tokens:int=60, max_tokens:int=2048, template:Template=PERSONA) -> list[dict]: # character, user, a reply for each condition, author
     "Replies to the same lines in several conditions."
     out = []
     for r in progress(rows, 'replies'):
         said = {}
         for c in conditions:
-            persona, on = CONDITIONS[c]
-            with switched(model, on): said[c] = speak(model, tok, render(within(r, tok, persona, max_tokens), tok, persona)[0], max_new_tokens)
+            told, on = CONDITIONS[c]
+            how = template if told else BARE
+            with switched(model, on): said[c] = speak(model, tok, render(within(r, tok, how, max_tokens), tok, how)[0], max_new_tokens)
         out.append(dict(character=r['character'], user=r['user'], **said, author=r['reply']))
     return out
 

@@ -27,6 +27,7 @@ class QuantizationConfig(Config):
     out: str = '_runs/demo'
     model: str = 'smollm2-135m'
     adapter: str = 'auto'
+    template: str = 'auto'
     precisions: list[PrecisionName] = Field(list(PRECISIONS), min_length=1)
     loss_rows: int = Field(2, ge=0)
     prompts: int = Field(1, ge=1)

@@ -19,6 +19,7 @@ from .core import Config, Field
 from .models import *
 from .rows import DataError
 from .data import crossed, data_hash, ensure_data, lesson_rows, load_split
+from .prompts import BARE
 from .lora import LoraConfig, fit
 from .questions import row_id, tfidf
 from .scoring import score_items
@@ -91,7 +92,7 @@ def reply_sums(model, tok, rows:list[dict], max_reply:int=128
     lines = defaultdict(list)
     for i, r in enumerate(rows): lines[r['user'], str(r.get('history') or [])].append(i)
     groups = list(lines.values())
-    items = [question_item(dict(instruction='', history=rows[g[0]].get('history') or [], user=rows[g[0]]['user'], choices=[rows[i]['reply'] for i in g]), tok, False, max_reply) for g in groups]
+    items = [question_item(dict(instruction='', history=rows[g[0]].get('history') or [], user=rows[g[0]]['user'], choices=[rows[i]['reply'] for i in g]), tok, BARE, max_reply) for g in groups]
     sums, counts = np.zeros(len(rows)), np.array([len(c) for _, c in sorted((i, c) for g, t in zip(groups, items) for i, c in zip(g, t.choices))])
     for k, s in score_items(model, items): sums[groups[k]] = s
     return sums, counts

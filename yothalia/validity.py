@@ -16,7 +16,7 @@ from .core import *
 from .core import Config, Field
 from .models import *
 from .data import data_hash, sample_rows
-from .prompts import CONDITIONS
+from .prompts import CONDITIONS, PERSONA, Template
 from .questions import TRACKS, VIEWS, learned_rule, load_questions, make_questions, questions_hash, views
 from .benchmark import BenchmarkConfig, headline_of, right, score_cloze, split_kind
 from .stats import StatsError, benchmark_records, estimate
@@ -67,12 +67,12 @@ def reorder(q:dict, seed:int=0) -> tuple[dict, list[int]]: # the question, and w
     return q | moved | dict(answer=order.index(q['answer'])), order
 
 def reordered_gap(model, tok, qs:list[dict], # questions of one track
-                  persona:bool=True, seed:int=0) -> dict[str,dict]: # metrics
+                  template:Template=PERSONA, seed:int=0) -> dict[str,dict]: # metrics
     "How far log-likelihoods move when the options change places, and how many picks change."
     cfg, gaps, changed = BenchmarkConfig(questions=len(qs)), [], []
     turned = [reorder(q, seed) for q in qs]
     with tempfile.TemporaryDirectory() as box:
-        score = lambda some, name: dict(score_cloze(model, tok, some, cfg, frozenset(), persona, (Path(box)/name, '')))
+        score = lambda some, name: dict(score_cloze(model, tok, some, cfg, frozenset(), template, (Path(box)/name, '')))
         before, after = score(qs, 'before'), score([q for q, _ in turned], 'after')
     for k, (_, order) in enumerate(turned):
         a, b = np.array(before[k]['sum'])[order], np.array(after[k]['sum'])
