@@ -6,8 +6,8 @@
 __all__ = ['MIN_REPLY', 'CARD', 'LoraConfig', 'example', 'target_runs', 'check_labels', 'token_budget', 'examples', 'collate',
            'row_losses', 'loss_metric', 'reply_loss', 'add_lora', 'moved', 'SealCheckpoints', 'last_checkpoint',
            'TrainError', 'Watch', 'training_arguments', 'training_key', 'ReplyTrainer', 'rows_of', 'fit', 'plot_curve',
-           'save_adapter', 'condition_losses', 'loss_table', 'gains', 'before_after', 'merge', 'training_speed',
-           'plot_gains']
+           'save_adapter', 'kept_adapter', 'condition_losses', 'loss_table', 'gains', 'before_after', 'merge',
+           'training_speed', 'plot_gains']
 
 # %% ../nbs/02_lora.ipynb #6456a6e1
 import itertools, math, re, shutil, time
@@ -328,6 +328,17 @@ def save_adapter(model, # a trained PeftModel
     return rooted(cfg.out)/'adapter'
 
 # %% ../nbs/02_lora.ipynb #ac7fb2bd
+def kept_adapter(cfg:LoraConfig, given:dict, # rows to train on and to watch
+                 name:str # of the folder, to which a hash is added
+                ) -> Path: # below out/adapters
+    "Train an adapter on some rows, or take the one that was trained on them before."
+    folder = rooted(cfg.out)/'adapters'/f'{name}-{training_key(cfg, given)[:8]}'
+    if not sealed(folder):
+        trained = fit(cfg, given)[0]
+        with atomic(folder) as new, quiet(): trained.save_pretrained(new); seal(new)
+        shutil.rmtree(rooted(cfg.out)/'checkpoints'/training_key(cfg, given), ignore_errors=True)
+    return folder
+
 def condition_losses(model, # a PeftModel
                      rows, tok, max_tokens:int=4096, # nothing is trained, so there is room for whole rows
                      template:Template=PERSONA # where the model is told the persona

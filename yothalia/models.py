@@ -330,14 +330,19 @@ def speak(model, tok, # a model and its tokenizer
     return tok.decode(out[0, ids['input_ids'].shape[1]:], skip_special_tokens=True).strip()
 
 def speak_many(model, tok, prompts:list[str], # rendered texts
-               max_new_tokens:int=128, **sampling) -> list[str]: # a reply for each
+               max_new_tokens:int=128,
+               ends:bool=False, # also tell whether each ended its turn itself
+               **sampling) -> list[str]|list[tuple[str,bool]]: # a reply for each
     "Continue several prompts at once, padded on the left."
     import torch
     ids = tok(prompts, add_special_tokens=False, return_tensors='pt', padding=True, padding_side='left').to(model.device)
     sampling = {'do_sample':False, 'temperature':None, 'top_p':None, 'top_k':None} | sampling
     with torch.inference_mode(), quiet():
         out = model.generate(**ids, max_new_tokens=max_new_tokens, pad_token_id=tok.pad_token_id, **sampling)
-    return [t.strip() for t in tok.batch_decode(out[:, ids['input_ids'].shape[1]:], skip_special_tokens=True)]
+    new = out[:, ids['input_ids'].shape[1]:]
+    said = [t.strip() for t in tok.batch_decode(new, skip_special_tokens=True)]
+    stop = torch.tensor(model.generation_config.eos_token_id, device=new.device).flatten()
+    return list(zip(said, torch.isin(new, stop).any(1).tolist())) if ends else said
 
 # %% ../nbs/00a_models.ipynb #3e500fe2
 def find_model(name:str, # alias, hub id, local folder, or GGUF file

@@ -8,7 +8,6 @@ __all__ = ['SpecificityConfig', 'parts_of', 'single_adapter', 'plain_name', 'rep
            'specificity_metrics', 'specificity', 'plot_specificity']
 
 # %% ../nbs/04e_specificity.ipynb #5d861a77
-import shutil
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from .models import *
 from .rows import DataError
 from .data import crossed, data_hash, ensure_data, lesson_rows, load_split
 from .prompts import BARE
-from .lora import LoraConfig, fit
+from .lora import LoraConfig, kept_adapter
 from .questions import row_id, tfidf
 from .scoring import score_items
 from .benchmark import accuracy, question_item, split_kind
@@ -71,14 +70,7 @@ def single_adapter(cfg:SpecificityConfig, name:str, # of the folder
     "Train an adapter on one character's rows alone, or take the one that was trained before."
     lora = LoraConfig(out=cfg.out, model=cfg.model, precision=cfg.precision, epochs=cfg.epochs, batch=cfg.batch, micro_batch=cfg.micro_batch,
                       learning_rate=cfg.learning_rate, rank=cfg.rank, alpha=2*cfg.rank, persona_share=0., evals=1, seed=cfg.seed)
-    given = dict(train=rows, valid=rows[:1])
-    key = content_hash(lora.model_dump(exclude={'out'}), given, package_dir()/'lora.py', package_dir()/'prompts.py')
-    folder = rooted(cfg.out)/'adapters'/f'{name}-{key[:8]}'
-    if not sealed(folder):
-        trained = fit(lora, given)[0]
-        with atomic(folder) as new, quiet(): trained.save_pretrained(new); seal(new)
-        shutil.rmtree(rooted(cfg.out)/'checkpoints', ignore_errors=True)
-    return folder
+    return kept_adapter(lora, dict(train=rows, valid=rows[:1]), name)
 
 # %% ../nbs/04e_specificity.ipynb #e93eb90b
 def plain_name(lang:str, character:str) -> str:

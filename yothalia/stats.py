@@ -184,7 +184,7 @@ def sign_flip_p(sums, # (units,) total difference of each cluster
     "Two-sided p-value of flipping the signs of whole clusters: exact by convolution for counted answers, else by random flips."
     sums = np.asarray(sums, float).ravel(); sums = sums[sums != 0] # a zero has no sign
     steps = np.rint(abs(sums)*4).astype(int)
-    if not len(sums): return 1.0
+    if len(sums) < 2: return 1.0 # the other sign is as extreme
     if not np.allclose(steps, abs(sums)*4):
         flip = lambda x, axis: x.sum(axis)
         return float(stats.permutation_test((sums,), flip, permutation_type='samples', vectorized=True, n_resamples=draws,
