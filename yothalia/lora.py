@@ -239,7 +239,8 @@ def fit(cfg:LoraConfig, # checked parameters
        ) -> tuple: # the trained PeftModel, the log (a list of dicts), and counts
     "Train an adapter, or take up a training that was interrupted; the best checkpoint's weights are loaded at the end."
     tok, rows = load_tokenizer(cfg.model), given or rows_of(cfg)
-    template = drawn_from(find_template(run_template(cfg.out, cfg.template)), rows['train'])
+    shown = given['train'] if given else load_split(cfg.out, 'train') # examples come from all that may be learned
+    template = drawn_from(find_template(run_template(cfg.out, cfg.template)), shown)
     budget, sets, counts = cfg.max_tokens or token_budget(rows['train'], tok, template), {}, {}
     for part, share in (('train', cfg.persona_share), ('valid', 1.)):
         sets[part], counts[part] = examples(rows[part], tok, budget, share, cfg.seed, template)
