@@ -253,6 +253,41 @@ def _reply_lines(bench:list[dict]) -> list[str]:
                    + (f" Paired: {'; '.join(made)}." if TRACKS[track].alone and (made := _difference(at, 'base', 'lora', 'the fine-tuning')) else ''))
     return out
 
+# %% ../nbs/06_cluster.ipynb #cc273e4f
+def _with_interval(m, sign='+') -> str:
+    return f"{m['value']:{sign}.2f}" + (f" [{m['interval'][0]:{sign}.2f}, {m['interval'][1]:{sign}.2f}]" if m['interval'] else '')
+
+def _template_line(records:list[dict]) -> list[str]:
+    "Which prompt template the held-out replies choose."
+    best = next((r for r in records if r['what'].get('chosen')), None)
+    if not best: return []
+    m, name = best['metrics'], best['what']['template'].rsplit(' ', 1)[0]
+    over = m.get('gain over persona')
+    more = (f", {_with_interval(over)} more than the plain persona (p {m['gain over persona p']['value']:.2g}, corrected for {len(records)-1} templates)"
+            if over else ', more than any other')
+    return [f"Which prompt? Of {len(records)} templates {name!r} makes {m['gain']['n']} held-out replies likeliest: {_with_interval(m['gain'])} nats per token"
+            f" more than after the line alone{more}."]
+
+def _heard_line(records:list[dict]) -> list[str]:
+    "Whose the model's own replies sound like, and whether they end."
+    by = {r['what']['condition']: r['metrics'] for r in records}
+    own = {c: by[c]['own character'] for c in ('base', 'prompt', 'lora', 'both', 'author') if 'own character' in by.get(c, {})}
+    stops = {c: by[c]['stops'] for c in ('base', 'prompt', 'lora', 'both') if c in by}
+    said = ', '.join(f"{c} {m['value']:.2f} [{m['interval'][0]:.2f}, {m['interval'][1]:.2f}]" for c, m in own.items() if m['interval'])
+    ends = ', '.join(f"{c} {m['value']:.0%}" for c, m in stops.items())
+    whose = [f"Whose does it sound like? Probability of the own character by words, names masked: {said}."] if said else []
+    return whose + ([f"Does it stop? Of its replies end by themselves: {ends}."] if stops else [])
+
+def _rows_line(records:list[dict]) -> list[str]:
+    "What more training rows brought."
+    some = sorted((r for r in records), key=lambda r: (r['what']['train_rows'], r['what']['rank']))
+    if len(some) < 2: return []
+    of = lambda r, k: r['metrics'].get(f"{'both' if r['what']['adapter'] else 'prompt'} {k}")
+    both = lambda k: ' → '.join(f"{of(r, k)['value']:.2f}" for r in (some[0], some[-1]))
+    parts = [f'{words} {both(k)}' for k, words in
+             (('loss', 'nats per token of held-out replies'), ('speaker', 'who is speaking'), ('voice', 'whose reply')) if of(some[0], k) and of(some[-1], k)]
+    return [f"How many rows? From {some[0]['what']['train_rows']} to {some[-1]['what']['train_rows']}, told the persona: {', '.join(parts)}."] if parts else []
+
 # %% ../nbs/06_cluster.ipynb #c86da530
 def _loss_line(lora:list[dict]) -> list[str]:
     "What persona and adapter do to the likelihood of held-out replies."
@@ -285,7 +320,9 @@ def findings(folder:Path # a run's folder, or any with records
     get = lambda step: [r for r in load_records(folder, step=step)]
     b = get('benchmark')
     told = [l for track in ABOUT for l in _character_lines(b, track)]
-    return (told or ['Who is speaking could not be asked: that needs two characters of one language with personas.'])*bool(b) + _reply_lines(b) + _loss_line(get('lora')) + _cost_line(get('quantization')) + _time_line(get('profiling'))
+    return ((told or ['Who is speaking could not be asked: that needs two characters of one language with personas.'])*bool(b) + _reply_lines(b)
+            + _template_line(get('templates')) + _loss_line(get('lora')) + _heard_line(get('replies')) + _rows_line(get('curve'))
+            + _cost_line(get('quantization')) + _time_line(get('profiling')))
 
 # %% ../nbs/06_cluster.ipynb #2171d90d
 def show_frame(frame, title:str, console:Console):
