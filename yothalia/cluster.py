@@ -276,7 +276,7 @@ def _heard_line(records:list[dict]) -> list[str]:
     said = ', '.join(f"{c} {m['value']:.2f} [{m['interval'][0]:.2f}, {m['interval'][1]:.2f}]" for c, m in own.items() if m['interval'])
     ends = ', '.join(f"{c} {m['value']:.0%}" for c, m in stops.items())
     whose = [f"Whose does it sound like? Probability of the own character by words, names masked: {said}."] if said else []
-    return whose + ([f"Does it stop? Of its replies end by themselves: {ends}."] if stops else [])
+    return whose + ([f"Does it stop? So many of its replies end by themselves: {ends}."] if stops else [])
 
 def _rows_line(records:list[dict]) -> list[str]:
     "What more training rows brought."
@@ -385,14 +385,16 @@ def _main(): pass
 def run(recipe: Annotated[Path, typer.Argument(help='YAML file with parameters')] = Path('runs/sample.yml'),
         parameter: Annotated[list[str], typer.Option('-p', help='name=value or step.name=value; overrides the file')] = [],
         name: Annotated[str, typer.Option(help='the run is kept in _runs/NAME')] = 'default',
-        steps: Annotated[str, typer.Option(help='only these steps, e.g. 01_data,04_benchmark')] = '',
+        steps: Annotated[list[str], typer.Option(help='only these steps, e.g. 01_data,04_benchmark')] = [],
         again: Annotated[bool, typer.Option('--again', help='do finished steps again')] = False):
     "Run the road: data, LoRA, quantization, benchmark, profiling; then show the results."
     console, folder = Console(force_jupyter=False), rooted('_runs')/name
     try:
-        some = [s.strip() for s in steps.split(',')] if steps else []
+        some = [s.strip() for given in steps for s in given.split(',')]
         if not rooted(recipe).is_file(): raise RunError(f'There is no file {recipe}: give a YAML file with parameters, or leave it out for runs/sample.yml.')
         planned = plan(yaml.safe_load(rooted(recipe).read_text(encoding='utf-8')) or {}, [*parameter, f'out={tidy(folder)}'], some)
+        if '01_data' not in planned and not (folder/'data'/'test.jsonl').exists():
+            raise RunError(f'{tidy(folder)} has no rows yet: let the step 01_data run first, e.g. --steps {",".join(["01_data", *planned])}')
         look_first(planned)
         if '01_data' in planned: from yothalia.check import short_check; short_check(planned['01_data'], console)
         check_values(planned)
