@@ -361,7 +361,7 @@ def benchmark(cfg:BenchmarkConfig, model, tok, tracks:dict[str,list[dict]], adap
             some = in_mode(cfg, qs, mode, track)
             out += [one_record(cfg, model, tok, some, mode, c, base, chosen, adapter, known, told) for c in conditions(some, bool(adapter))] if some else []
         alone = next((r['lines'] for r in out if (r['what']['track'], r['what']['mode']) == (track, 'cloze')), [])
-        out.append(save_rules(folder, qs, base, cfg.model_dump(), alone, dev_questions_of(cfg, track)))
+        out.append(save_rules(folder, qs, base, cfg.model_dump(), alone, dev_questions_of(cfg, track), read_jsonl(rooted(cfg.out)/'data'/'train.jsonl')))
     return out
 
 def one_record(cfg, model, tok, qs:list[dict], mode:str, condition:str, base:dict, chosen:dict, adapter:str, known:dict, told:Template) -> dict:

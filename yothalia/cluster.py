@@ -219,7 +219,7 @@ def _difference(at, a:str, b:str, words:str) -> list[str]:
     from yothalia.stats import against_rule, answers, paired_difference
     if not {a, b} <= at.keys() or at[b]['metrics'][f'accuracy {headline_of(at[b])}']['n'] < 2: return []
     given = answers([at[c] for c in (a, b) if c != 'none'])
-    d = against_rule(given, b) if a == 'none' else paired_difference(given.wide[a], given.wide[b], given.clusters)
+    d = against_rule(given, b) if a == 'none' else paired_difference(given.wide[a], given.wide[b], given.clusters, sets=given.sets)
     said = f"{words} {d['difference']*100:+.0f} points [{d['low']*100:+.0f}, {d['high']*100:+.0f}]"
     if d['low'] > 0 or d['high'] < 0: return [said]
     seen = f"{d['detectable']*100:.0f} would have been found in 80 of 100 such runs" if d['detectable'] == d['detectable'] else 'too few questions to find any difference'

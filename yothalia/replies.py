@@ -18,10 +18,9 @@ from .core import Config, Field
 from .models import *
 from .data import data_hash, ensure_data, lesson_rows, load_split, script
 from .prompts import *
-from .questions import _NO_SPACES, mask, names_in, row_id
+from .questions import _NO_SPACES, CharacterClassifier, mask, names_in, row_id
 from .benchmark import split_kind, write_lines
 from .stats import estimate
-from .specificity import CharacterClassifier
 
 # %% ../nbs/04g_replies.ipynb #a7a00008
 class RepliesConfig(Config):

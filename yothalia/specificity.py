@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SpecificityConfig', 'parts_of', 'single_adapter', 'plain_name', 'reply_sums', 'gain_table', 'gain_matrix',
-           'own_less_others', 'as_metric', 'picked_adapters', 'CharacterClassifier', 'language_lines',
-           'specificity_metrics', 'specificity', 'plot_specificity']
+           'own_less_others', 'as_metric', 'picked_adapters', 'language_lines', 'specificity_metrics', 'specificity',
+           'plot_specificity']
 
 # %% ../nbs/04e_specificity.ipynb #5d861a77
 from collections import Counter, defaultdict
@@ -20,7 +20,7 @@ from .rows import DataError
 from .data import crossed, data_hash, ensure_data, lesson_rows, load_split
 from .prompts import BARE
 from .lora import LoraConfig, kept_adapter
-from .questions import row_id, tfidf
+from .questions import CharacterClassifier, row_id
 from .scoring import score_items
 from .benchmark import accuracy, question_item, split_kind
 from .stats import estimate
@@ -117,17 +117,6 @@ def as_metric(values, lines:list[dict], unit:str='nats/token') -> dict: # a metr
 def picked_adapters(lines:list[dict]) -> np.ndarray: # (replies,) right or wrong
     "Whether the adapter that finds a reply likeliest is its own character's."
     return np.array([max(o['adapters'], key=o['adapters'].get) == o['character'] for o in lines])
-
-# %% ../nbs/04e_specificity.ipynb #d2a9ae58
-class CharacterClassifier:
-    "Says whose a reply is, by its words; learned from rows."
-    def __init__(self, rows:list[dict]):
-        from sklearn.linear_model import LogisticRegression
-        self.vectors = tfidf([r['reply'] for r in rows])
-        self.model = LogisticRegression(C=10., class_weight='balanced', max_iter=1000).fit(self.vectors.transform([r['reply'] for r in rows]), [r['character'] for r in rows])
-    def probabilities(self, replies:list[str]) -> pd.DataFrame: # (replies, characters)
-        "How probable each character is for each reply."
-        return pd.DataFrame(self.model.predict_proba(self.vectors.transform(replies)), columns=self.model.classes_)
 
 # %% ../nbs/04e_specificity.ipynb #31289993
 def language_lines(cfg:SpecificityConfig, lang:str, of:dict[str,tuple], tok) -> list[dict]: # one per held-out reply

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['SETTINGS', 'PAIRS', 'EFFECTS', 'StatsConfig', 'StatsError', 'setting', 'benchmark_records', 'overview', 'one_each',
            'Answers', 'paired', 'answers', 'cluster_sums', 'bootstrap_means', 'percentile_interval', 'sign_flip_p',
-           'detectable', 'discordant_share', 'questions_needed', 'design_effect', 'estimate', 'paired_difference',
-           'compare_files', 'holm', 'compare', 'say', 'factorial', 'accuracies', 'baselines_of', 'plot_forest',
-           'against_rule', 'find_questions', 'flips', 'read_flips', 'accuracy_by', 'plot_by', 'plot_budget',
-           'save_effects', 'questions_like']
+           'detectable', 'discordant_share', 'questions_needed', 'design_effect', 'two_way', 'estimate',
+           'paired_difference', 'compare_files', 'holm', 'compare', 'say', 'factorial', 'accuracies', 'baselines_of',
+           'plot_forest', 'against_rule', 'find_questions', 'flips', 'read_flips', 'accuracy_by', 'plot_by',
+           'plot_budget', 'save_effects', 'questions_like']
 
 # %% ../nbs/04c_stats.ipynb #34dcaf8e
 import textwrap
@@ -88,14 +88,14 @@ def one_each(records:list[dict], # that shall be compared
 
 # %% ../nbs/04c_stats.ipynb #ddf619ae
 def _read(file:Path, by:str # a per-question file, the score that decides
-         ) -> pd.DataFrame: # id, cluster, lang, answer, picked, right
+         ) -> pd.DataFrame: # id, cluster, lang, answer, set (if closed), picked, right
     "A per-question file as a table; a `StatsError` if it lacks the score or has a question twice."
     lines = read_jsonl(file)
     if not lines: raise StatsError(f'{file.name} is empty')
     if missing := [o['id'] for o in lines if by not in o]:
         known = sorted(set(lines[0]) - {'id', 'key', 'cluster', 'lang', 'answer', 'said'})
         raise StatsError(f'{file.name} has no {by!r} in {len(missing)} lines: choose one of {", ".join(known)}')
-    table = pd.DataFrame([{k: o.get(k) for k in ('id', 'cluster', 'lang', 'answer')} for o in lines])
+    table = pd.DataFrame([{k: o.get(k) for k in ('id', 'cluster', 'lang', 'answer', 'set')} for o in lines])
     if twice := int(table['id'].duplicated().sum()): raise StatsError(f'{file.name} has {twice} questions twice: delete it and score again')
     return table.assign(picked=pd.array([picked(o, by) for o in lines], dtype='Int64'), right=right(lines, by))
 
@@ -108,6 +108,8 @@ class Answers:
                  by:str=''): # the score that decided
         self.table, self.along, self.records, self.by = table, along, list(records), by
         self.wide, self.clusters = paired(table, along)
+        own = table.drop_duplicates('id').set_index('id').get('set')
+        self.sets = own.loc[self.wide.index].to_numpy() if own is not None and own.notna().all() else None # closed sets, where there are such
 
     @property
     def values(self) -> list: return list(self.wide)
@@ -240,24 +242,44 @@ def design_effect(values, clusters # (n,) and (n,)
     robust = units/(units-1) * ((sums[:, 0]-sizes*values.mean())**2).sum() / n**2
     return float(robust/plain) if plain else 1.
 
+# %% ../nbs/04c_stats.ipynb #e2a00002
+def _cluster_variance(values, clusters) -> float:
+    "Cluster-robust variance of the mean."
+    sums, sizes = cluster_sums(values, clusters)
+    units = len(sizes)
+    return units/(units-1) * ((sums[:, 0]-sizes*np.mean(values))**2).sum() / len(values)**2
+
+def two_way(values, clusters, sets # (n,), (n,) characters, (n,) sets
+           ) -> float: # 1 or more
+    "How many times wider the standard error by characters and sets is than by characters alone (Cameron, Gelbach and Miller 2011)."
+    both = [f'{c} | {s}' for c, s in zip(clusters, sets)]
+    of = lambda names: _cluster_variance(values, names) if len(set(names)) > 1 else 0.
+    alone, other = of(clusters), of(sets)
+    return max(1., float((max(alone+other-of(both), other)/alone)**.5)) if alone else 1.
+
 # %% ../nbs/04c_stats.ipynb #db47b146
 def estimate(values, clusters, # (n,) and (n,)
-             draws:int=10_000, seed:int=0, level:float=.95, power:float=.8) -> dict:
+             draws:int=10_000, seed:int=0, level:float=.95, power:float=.8,
+             sets=None # (n,) closed sets, where questions come in such: they widen the interval, and p can only grow
+            ) -> dict:
     "Mean of paired values with cluster bootstrap interval, sign-flip p, design effect and detectable effect at `power`."
-    values = np.asarray(values, float)
+    values, mean = np.asarray(values, float), float(np.mean(values))
     sums, sizes = cluster_sums(values, clusters)
-    low, high = percentile_interval(bootstrap_means(values, clusters, draws, seed)[:, 0], len(sizes), level)
-    effect, names = design_effect(values, clusters), len(set(clusters))
+    wider = two_way(values, clusters, sets) if sets is not None and len(set(clusters)) > 1 else 1.
+    low, high = mean + wider*(percentile_interval(bootstrap_means(values, clusters, draws, seed)[:, 0], len(sizes), level) - mean)
+    effect, names, p = design_effect(values, clusters)*wider**2, len(set(clusters)), sign_flip_p(sums, draws-1, seed)
+    if wider > 1: p = max(p, 2*stats.t.sf(abs(mean)/(wider*_cluster_variance(values, clusters)**.5), len(sizes)-1))
     see = sum(_z(1-level, power)) * (max(effect, 1)*values.var(ddof=1)/len(values))**.5
-    return dict(value=float(values.mean()), low=float(low), high=float(high), p=sign_flip_p(sums, draws-1, seed),
+    return dict(value=mean, low=float(low), high=float(high), p=float(p),
                 detectable=float(see) or np.nan, design_effect=effect, n=len(values), clusters=names, resampled='characters' if names > 1 else 'questions')
 
 def paired_difference(a, b, # (n,) right or wrong in the first and the second condition, the same questions
                       clusters, # (n,) characters
-                      draws:int=10_000, seed:int=0, level:float=.95, power:float=.8) -> dict:
+                      draws:int=10_000, seed:int=0, level:float=.95, power:float=.8, sets=None # (n,) closed sets
+                     ) -> dict:
     "Accuracy of b minus a: interval, won and lost, exact McNemar p, p by characters, and the minimum detectable effect."
     a, b = np.asarray(a, bool), np.asarray(b, bool)
-    got, m = estimate(b.astype(float)-a, clusters, draws, seed, level, power), mcnemar(a, b)
+    got, m = estimate(b.astype(float)-a, clusters, draws, seed, level, power, sets), mcnemar(a, b)
     psi = (m['won']+m['lost'])/len(a)
     return dict(difference=got['value'], low=got['low'], high=got['high'], won=m['won'], lost=m['lost'], p_mcnemar=m['p'], p=got['p'],
                 detectable=detectable(len(a), psi, got['design_effect'], power, 1-level), discordant=psi,
@@ -288,7 +310,7 @@ def compare(a:Answers, # from `answers`
     pairs = pairs or (PAIRS if a.along == 'condition' else [(a.values[0], v) for v in a.values[1:]])
     pairs = [p for p in pairs if set(p) <= set(a.values)]
     if not pairs: raise StatsError(f'nothing to compare: {a.along} has only {", ".join(map(str, a.values))}')
-    rows = [{'from': x, 'to': y} | paired_difference(a.wide[x], a.wide[y], a.clusters, draws, seed, 1-(1-level)/len(pairs), power)
+    rows = [{'from': x, 'to': y} | paired_difference(a.wide[x], a.wide[y], a.clusters, draws, seed, 1-(1-level)/len(pairs), power, a.sets)
             for x, y in pairs]
     table = pd.DataFrame(rows)
     table.insert(table.columns.get_loc('p')+1, 'p_holm', holm(table['p']))
@@ -319,7 +341,7 @@ def factorial(a:Answers, # along the condition
     "Main effects, interaction and simple effects of prompt and adapter, by cluster bootstrap, with Holm's correction in each family."
     if missing := [c for c in CONDITIONS if c not in a.values]: raise StatsError(f'the 2 × 2 needs four conditions, {", ".join(missing)} missing: train an adapter and run 04_benchmark')
     size = pd.Series([family for family, _ in EFFECTS.values()]).value_counts()
-    rows = [dict(effect=name, family=family) | estimate(sum(w*a.wide[c] for c, w in weights.items()), a.clusters, draws, seed, 1-(1-level)/size[family], power)
+    rows = [dict(effect=name, family=family) | estimate(sum(w*a.wide[c] for c, w in weights.items()), a.clusters, draws, seed, 1-(1-level)/size[family], power, a.sets)
             for name, (family, weights) in EFFECTS.items()]
     table = pd.DataFrame(rows)
     table.insert(table.columns.get_loc('p')+1, 'p_holm', table.groupby('family')['p'].transform(holm))
@@ -371,7 +393,7 @@ def against_rule(a:Answers, value='prompt', # whose answers: a value of `a.along
     if not rules: raise StatsError('no record says which rule was chosen on held-out rows: run 04_benchmark again')
     rule = rules[0]['what']['rule']
     hits = {o['id']: o[rule] == o['answer'] for o in read_jsonl(rules[0]['path'].parent/rules[0]['questions'])}
-    return dict(rule=rule) | paired_difference([hits[i] for i in a.wide.index], a.wide[value], a.clusters, draws, seed, level, power)
+    return dict(rule=rule) | paired_difference([hits[i] for i in a.wide.index], a.wide[value], a.clusters, draws, seed, level, power, a.sets)
 
 # %% ../nbs/04c_stats.ipynb #b2178122
 def find_questions(records:list[dict], # of the benchmark
