@@ -170,7 +170,7 @@ def plot_curve_of(records:list[dict]):
                 for i, (_, v) in zip(x, some):
                     if v['interval']: ax.plot([i, i], v['interval'], color=colour, lw=1, alpha=.6)
         ax.set(title=f'{m}, {MEASURES[m]}', xlabel='training rows'); ax.set_xticks(range(len(sizes)), sizes); ax.grid(axis='y', alpha=.25); ax.title.set_size(9)
-    np.atleast_1d(axs)[-1].legend(fontsize=7, frameon=False)
+    fig.legend(*np.atleast_1d(axs)[-1].get_legend_handles_labels(), loc='outside lower center', ncols=4, fontsize=8, frameon=False)
     return fig
 
 # %% ../nbs/04h_curve.ipynb #b8a0001f

@@ -374,8 +374,9 @@ def plot_forest(a:Answers, ax=None, draws:int=10_000, seed:int=0):
     import matplotlib.pyplot as plt
     t = accuracies(a, draws, seed)
     ax = ax or plt.subplots(figsize=(7, .45*len(t)+1.5), layout='constrained')[1]
-    for i, (name, v) in enumerate(sorted(baselines_of(a).items(), key=lambda o: o[1])):
-        ax.axvline(v, color='gray', lw=1, ls=('--', '-.', ':', (0, (5, 1)))[i % 4], zorder=0, label=f'{name} {v:.2f}')
+    rules = pd.Series(baselines_of(a), dtype=float).sort_values()
+    for i, (v, names) in enumerate(rules.groupby(rules.round(2)).groups.items()): # one line for rules that get the same
+        ax.axvline(v, color='gray', lw=1, ls=('--', '-.', ':', (0, (5, 1)))[i % 4], zorder=0, label='\n'.join(textwrap.wrap(f"{v:.2f} {', '.join(names)}", 34)))
     for y, (r, color) in enumerate(zip(t.to_dict('records'), [COLOURS.get(v, 'C0') for v in t[a.along]])):
         for low, high, lw in (('cluster_low', 'cluster_high', 1.2), ('low', 'high', 4)): ax.plot([r[low], r[high]], [y, y], color=color, lw=lw, alpha=.7)
         ax.plot(r['accuracy'], y, 'o', color=color)
