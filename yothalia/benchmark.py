@@ -364,6 +364,7 @@ def benchmark(cfg:BenchmarkConfig, model, tok, tracks:dict[str,list[dict]], adap
         out.append(save_rules(folder, qs, base, cfg.model_dump(), alone, dev_questions_of(cfg, track), read_jsonl(rooted(cfg.out)/'data'/'train.jsonl')))
     return out
 
+# %% ../nbs/04_benchmark.ipynb #d0d15ac0
 def one_record(cfg, model, tok, qs:list[dict], mode:str, condition:str, base:dict, chosen:dict, adapter:str, known:dict, told:Template) -> dict:
     "Score one track in one mode and condition, and write its record."
     used = adapter_hash(adapter) if CONDITIONS[condition][1] else ''

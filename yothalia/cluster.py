@@ -292,10 +292,13 @@ def _rows_line(records:list[dict]) -> list[str]:
 def _loss_line(lora:list[dict]) -> list[str]:
     "What persona and adapter do to the likelihood of held-out replies."
     m, said = lora[0]['metrics'] if lora else {}, []
-    for key, words in (('base to prompt', 'the persona alone'), ('base to lora', 'fine-tuning alone'), ('base to both', 'both together')):
-        if g := m.get(f'gain {key}'): said.append(f"{words} {g['value']:+.2f} [{g['interval'][0]:+.2f}, {g['interval'][1]:+.2f}]" + ('' if g['interval'][0] > 0 or g['interval'][1] < 0 else ' (not established)'))
+    for key, words in (('base to prompt', 'the prompt alone'), ('base to lora', 'fine-tuning alone'), ('base to both', 'both together')):
+        if g := m.get(f'gain {key}'):
+            shown = g['interval'][0] > 0 or g['interval'][1] < 0
+            said.append(f'{words} {_with_interval(g)}' + ' (not established)'*(not shown))
     n = next((m[k]['n'] for k in m if k.startswith('gain')), 0)
-    return [f"Prompt or fine-tuning? What they take off the surprise at the author's own replies, in nats per token, on {n} held-out conversations: " + '; '.join(said) + '.'] if said else []
+    return [f"Prompt or fine-tuning? What they take off the surprise at the author's own replies, in nats per token, on {n} held-out"
+            f" conversations: {'; '.join(said)}."] if said else []
 
 def _cost_line(quant:list[dict]) -> list[str]:
     "What each precision costs."
@@ -304,8 +307,13 @@ def _cost_line(quant:list[dict]) -> list[str]:
     first = next((r for r in quant if added(r)['value'] == 0 and added(r)['interval'][1] == 0), None)
     if not first: return []
     mb = lambda r: f"{r['metrics']['weights']['value']/1e6:.0f} MB"
-    said = [f"{p} ({mb(made[p])}) adds {added(made[p]):.3f}" + ('' if added(made[p])['interval'][0] > 0 or added(made[p])['interval'][1] < 0 else ', not established') for p in ('bf16', 'int8', 'nf4') if p in made and made[p] is not first]
-    return [f"How far can I quantize? Against {first['what']['precision']} ({mb(first)}), in nats per token on {first['metrics']['held-out loss']['n']} rows: " + '; '.join(said) + '.'] if said else []
+    def line(p):
+        low, high = added(made[p])['interval']
+        return f'{p} ({mb(made[p])}) adds {added(made[p]):.3f}' + ', not established'*(low <= 0 <= high)
+    said = [line(p) for p in ('bf16', 'int8', 'nf4') if p in made and made[p] is not first]
+    n = first['metrics']['held-out loss']['n']
+    return [f"How far can I quantize? Against {first['what']['precision']} ({mb(first)}), in nats per token on {n} rows:"
+            f" {'; '.join(said)}."] if said else []
 
 def _time_line(prof:list[dict]) -> list[str]:
     "Where the time goes."
@@ -314,6 +322,7 @@ def _time_line(prof:list[dict]) -> list[str]:
     return ['Where does the time go? Of a training step ' + ', '.join(f'{k} {v/sum(spent.values()):.0%}' for k, v in spent.items()) +
             f"; {m['train tokens/s']['value']:,.0f} tokens per second, {m['train share of matmul rate']['value']:.0%} of what this machine's matrix products reach."]
 
+# %% ../nbs/06_cluster.ipynb #cc273e52
 def findings(folder:Path # a run's folder, or any with records
             ) -> list[str]:
     "One plain sentence for each question, from the records that are there."

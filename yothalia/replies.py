@@ -47,7 +47,8 @@ def masked(replies:list[str], rows:list[dict]) -> list[str]: # rows: of those wh
 
 def own_probability(said:list[dict], # character, lang, user, reply
                     rows:list[dict], # authors' rows to learn from, of the same form
-                    folds:int=10) -> tuple[np.ndarray, np.ndarray]: # (replies,) of the own character; (replies,) whether it is the likeliest
+                    folds:int=10
+                   ) -> tuple[np.ndarray, np.ndarray]: # (replies,) of the own character; (replies,) whether it is the likeliest
     "How probable a classifier of words finds each reply's own character; NaN where a language has a single one."
     p, best = np.full(len(said), np.nan), np.full(len(said), np.nan)
     fold = lambda r: int(content_hash(r['user']), 16) % folds
@@ -89,9 +90,12 @@ class Known:
         return float(np.mean([r in self[n] for r in some])) if (some := runs(text, n)) else 0.
 
 # %% ../nbs/04g_replies.ipynb #a7a00013
-ASSISTANT = re.compile(r"\bas an? (?:ai|artificial|language model)|\b(?:ai|virtual|language) (?:assistant|model)|i(?:'|’)?m (?:here|happy|glad) to (?:help|assist)"
-    r"|i(?:'|’)d be (?:happy|glad) to|(?:can|may) i (?:help|assist) you|feel free to (?:ask|reach)|i (?:don(?:'|’)t|do not) have (?:personal|feelings|access)"
-    r"|作为一?[个名位款]?(?:AI|人工智能|语言模型|虚拟|助手)|(?:语言模型|人工智能助手|AI助手|智能助手)|(?:很高兴|乐意)(?:为您|帮助您|协助)|有什么(?:我)?可以帮(?:您|你|助)", re.I)
+ASSISTANT = re.compile('|'.join((
+    r"\bas an? (?:ai|artificial|language model)", r"\b(?:ai|virtual|language) (?:assistant|model)", r"i['’]?m (?:here|happy|glad) to (?:help|assist)",
+    r"i['’]d be (?:happy|glad) to", r"(?:can|may) i (?:help|assist) you", r"feel free to (?:ask|reach)",
+    r"i (?:don['’]t|do not) have (?:personal|feelings|access)",
+    '作为一?[个名位款]?(?:AI|人工智能|语言模型|虚拟|助手)', '(?:语言模型|人工智能助手|AI助手|智能助手)', '(?:很高兴|乐意)(?:为您|帮助您|协助)',
+    '有什么(?:我)?可以帮(?:您|你|助)')), re.I)
 
 def repeated(text:str, n:int=4) -> float:
     "Share of the runs of n that were said before in the same reply."
@@ -102,7 +106,8 @@ def said_elsewhere(replies:list[dict], n:int=4) -> list[float]: # user, reply; o
     where = {}
     for r in replies:
         for k in set(runs(r['reply'], n)): where.setdefault(k, set()).add(r['user'])
-    return [float(np.mean([bool(where[k] - {r['user']}) for k in some])) if (some := runs(r['reply'], n)) else 0. for r in replies]
+    share = lambda r, some: float(np.mean([bool(where[k] - {r['user']}) for k in some])) if some else 0.
+    return [share(r, runs(r['reply'], n)) for r in replies]
 
 # %% ../nbs/04g_replies.ipynb #a7a00017
 def measured(replies:list[dict], # character, lang, user, reply, author, ended, instruction
@@ -114,9 +119,10 @@ def measured(replies:list[dict], # character, lang, user, reply, author, ended, 
     for r, p, best, again in zip(replies, *own, elsewhere):
         t, personas = r['reply'], Known([r['instruction'] or ''])
         out.append({k: v for k, v in r.items() if k != 'instruction'} | dict(
-            own=None if np.isnan(p) else round(float(p), 4), recognised=None if np.isnan(best) else bool(best), run=train.longest(t),
-            copied=round(train.share(t), 4), parroted=round(personas.share(t), 4), repeated=round(repeated(t), 4), elsewhere=round(again, 4),
-            ratio=round(len(units(t))/max(1, len(units(r['author']))), 4), script=script(t) == script(r['author']), assistant=bool(ASSISTANT.search(t))))
+            own=None if np.isnan(p) else round(float(p), 4), recognised=None if np.isnan(best) else bool(best),
+            run=train.longest(t), copied=round(train.share(t), 4), parroted=round(personas.share(t), 4),
+            repeated=round(repeated(t), 4), elsewhere=round(again, 4), ratio=round(len(units(t))/max(1, len(units(r['author']))), 4),
+            script=script(t) == script(r['author']), assistant=bool(ASSISTANT.search(t))))
     return out
 
 COPY = 8 # units: a run as long as this is taken for a copy
@@ -128,14 +134,16 @@ def reply_metrics(lines:list[dict]) -> dict[str,dict]: # name → metric
         e = estimate([f(o) for o in some], [o['character'] for o in some])
         return metric(e['value'], unit, e['n'], e['low'], e['high'])
     known = [o for o in lines if o['own'] is not None]
-    out = {'own character': mean(lambda o: o['own'], 'probability', known), 'recognised': mean(lambda o: o['recognised'], 'accuracy', known)} if known else {}
+    out = {'own character': mean(lambda o: o['own'], 'probability', known),
+           'recognised': mean(lambda o: o['recognised'], 'accuracy', known)} if known else {}
     ratio = mean(lambda o: np.log(max(o['ratio'], .01)))
     edges = [float(np.exp(v)) for v in ratio['interval']] if ratio['interval'] else [None, None]
-    return out | {f'copies of {COPY} and more': mean(lambda o: o['run'] >= COPY), 'copied runs of 4': mean(lambda o: o['copied']),
+    return out | {
+        f'copies of {COPY} and more': mean(lambda o: o['run'] >= COPY), 'copied runs of 4': mean(lambda o: o['copied']),
         'parroted runs of 4': mean(lambda o: o['parroted']), 'repeated within': mean(lambda o: o['repeated']),
         'said elsewhere': mean(lambda o: o['elsewhere']), 'stops': mean(lambda o: o['ended']),
-        'length ratio': metric(float(np.exp(ratio['value'])), 'ratio', len(lines), *edges), 'right script': mean(lambda o: o['script']),
-        'assistant phrases': mean(lambda o: o['assistant'])}
+        'length ratio': metric(float(np.exp(ratio['value'])), 'ratio', len(lines), *edges),
+        'right script': mean(lambda o: o['script']), 'assistant phrases': mean(lambda o: o['assistant'])}
 
 # %% ../nbs/04g_replies.ipynb #a7a0001b
 def asked_lines(rows:list[dict], # test rows
@@ -154,39 +162,45 @@ def replies_of(cfg:RepliesConfig, model, tok, rows:list[dict], condition:str, # 
     tells, on = CONDITIONS[condition]
     how, groups = told if tells else BARE, [rows[i:i+cfg.group] for i in range(0, len(rows), cfg.group)]
     name = template_id(run_template(cfg.out, cfg.template) if tells else 'bare')
-    key = content_hash([model_name(cfg.model), cfg.precision, adapter_hash(adapter) if on else '', name, data_hash(cfg.out), cfg.sampled, cfg.temperature,
-                        cfg.new_tokens, cfg.seed, device_info()['device']], package_dir()/'prompts.py', package_dir()/'models.py')
+    what = [model_name(cfg.model), cfg.precision, adapter_hash(adapter) if on else '', name, data_hash(cfg.out), cfg.sampled,
+            cfg.temperature, cfg.new_tokens, cfg.seed, device_info()['device']]
+    key = content_hash(what, package_dir()/'prompts.py', package_dir()/'models.py')
+    sampling = dict(do_sample=True, temperature=cfg.temperature, top_p=.95)
     def write(done):
         for k, g in enumerate(groups):
             if k in done: continue
             prompts = [render(within(r, tok, how, 2048), tok, how)[0] for r in g]
             said = [[s] for s in speak_many(model, tok, prompts, cfg.new_tokens, ends=True)]
             seed_everything(cfg.seed + k)
-            more = speak_many(model, tok, [p for p in prompts for _ in range(cfg.sampled)], cfg.new_tokens, ends=True, do_sample=True,
-                              temperature=cfg.temperature, top_p=.95) if cfg.sampled else []
+            often = [p for p in prompts for _ in range(cfg.sampled)]
+            more = speak_many(model, tok, often, cfg.new_tokens, ends=True, **sampling) if often else []
             yield k, dict(said=[s + more[i*cfg.sampled:(i+1)*cfg.sampled] for i, s in enumerate(said)])
     path = path or rooted(cfg.out)/'priors'/f'replies-{condition}.jsonl'
-    with switched(model, on): got = write_lines(path, key, [content_hash([row_id(r) for r in g]) for g in groups], write, condition)
-    about = lambda r: {k: r[k] for k in ('character', 'lang', 'user', 'instruction')} | dict(id=row_id(r), author=r['reply'])
-    return [about(r) | dict(sample=j, reply=t, ended=e) for g, o in zip(groups, got) for r, s in zip(g, o['said']) for j, (t, e) in enumerate(s)]
+    ids = [content_hash([row_id(r) for r in g]) for g in groups]
+    with switched(model, on): got = write_lines(path, key, ids, write, condition)
+    return [{k: r[k] for k in ('character', 'lang', 'user', 'instruction')} | dict(id=row_id(r), author=r['reply'], sample=j, reply=t, ended=e)
+            for g, o in zip(groups, got) for r, s in zip(g, o['said']) for j, (t, e) in enumerate(s)]
 
 # %% ../nbs/04g_replies.ipynb #a7a0001e
 def measure_replies(cfg:RepliesConfig, model, tok, rows:dict, # train, valid, test
                     told:Template, adapter:str='') -> list[dict]: # records, each with its lines
     "Have every condition answer, measure the replies and the authors' own, and write a record for each."
     asked, authors = asked_lines(rows['test'], cfg.characters, cfg.lines, cfg.seed), rows['valid'] + rows['test']
-    there = [c for c, (tells, on) in CONDITIONS.items() if (adapter or not on) and (any(r['instruction'] for r in asked) or not tells)]
+    personas = any(r['instruction'] for r in asked)
+    there = [c for c, (tells, on) in CONDITIONS.items() if (adapter or not on) and (personas or not tells)]
     said = {c: replies_of(cfg, model, tok, asked, c, told, adapter) for c in there}
     said['author'] = [o | dict(reply=o['author'], ended=True) for o in next(iter(said.values())) if o['sample'] == 0]
     train, folder, out = Known(r['reply'] for r in rows['train']), rooted(cfg.out)/'records', []
     for f in folder.glob('replies-*'): f.unlink() # of an earlier run
     for c, replies in said.items():
         lines = measured(replies, train, own_probability(replies, authors, cfg.folds))
-        used = CONDITIONS.get(c, (False, False))
-        what = dict(step='replies', model=model_name(cfg.model), precision=cfg.precision, condition=c, data_hash=data_hash(cfg.out), split=split_kind(cfg.out),
-                    adapter=adapter_hash(adapter) if used[1] else '', template=template_id(run_template(cfg.out, cfg.template) if used[0] else 'bare'))
+        tells, on = CONDITIONS.get(c, (False, False))
+        what = dict(step='replies', model=model_name(cfg.model), precision=cfg.precision, condition=c, data_hash=data_hash(cfg.out),
+                    split=split_kind(cfg.out), adapter=adapter_hash(adapter) if on else '',
+                    template=template_id(run_template(cfg.out, cfg.template) if tells else 'bare'))
         path = write_jsonl(folder/f'replies-{c}.lines.jsonl', lines)
-        out.append(save_record(folder/f'replies-{c}.json', what, reply_metrics(lines), cfg.model_dump(), path) | dict(lines=lines))
+        rec = save_record(folder/f'replies-{c}.json', what, reply_metrics(lines), cfg.model_dump(), path)
+        out.append(rec | dict(lines=lines))
     return out
 
 # %% ../nbs/04g_replies.ipynb #a7a0001f
@@ -195,8 +209,7 @@ def replies_table(records:list[dict]) -> pd.DataFrame: # one line per metric, on
     by = {r['what']['condition']: r['metrics'] for r in records}
     order = [c for c in (*CONDITIONS, 'author') if c in by]
     names = list(dict.fromkeys(k for c in order for k in by[c]))
-    show = lambda m: f"{m['value']:.2f}" + (f" [{m['interval'][0]:.2f}, {m['interval'][1]:.2f}]" if m['interval'] else '') if m else ''
-    return pd.DataFrame([{'': k} | {c: show(by[c].get(k)) for c in order} for k in names])
+    return pd.DataFrame([{'': k} | {c: str(by[c].get(k, '')) for c in order} for k in names])
 
 def side_by_side(records:list[dict], # with their lines, or with the files beside them
                  n:int=6, # lines
@@ -207,7 +220,8 @@ def side_by_side(records:list[dict], # with their lines, or with the files besid
     cells = {}
     for c in (c for c in (*CONDITIONS, 'author') if c in of):
         for o in of[c]:
-            if o['sample'] == (0 if c == 'author' else sample): cells.setdefault((o['id'], o['character'], o['user']), {})[c] = o['reply']
+            if o['sample'] != (0 if c == 'author' else sample): continue
+            cells.setdefault((o['id'], o['character'], o['user']), {})[c] = o['reply']
     step = max(1, len(cells)//n)
     return pd.DataFrame([dict(character=k[1], user=k[2]) | v for k, v in list(cells.items())[::step][:n]])
 
@@ -217,13 +231,15 @@ def plot_replies(records:list[dict]):
     import matplotlib.pyplot as plt
     by = {r['what']['condition']: r['metrics'] for r in records}
     order = [c for c in (*CONDITIONS, 'author') if c in by]
-    shown = [k for k in ('own character', 'copied runs of 4', 'repeated within', 'stops', 'assistant phrases') if k in by[order[0]]]
+    shown = ('own character', 'copied runs of 4', 'repeated within', 'stops', 'assistant phrases')
+    shown = [k for k in shown if k in by[order[0]]]
     fig, axs = plt.subplots(1, len(shown), figsize=(2.3*len(shown), 2.4), layout='constrained', sharey=True)
     for ax, k in zip(np.atleast_1d(axs), shown):
         for y, c in enumerate(order[::-1]):
             m, colour = by[c][k], COLOURS.get(c, 'black')
             if m['interval']: ax.plot(m['interval'], [y, y], color=colour, lw=2)
             ax.plot(m['value'], y, 'o', color=colour)
-        ax.set(title=k, xlim=(-.03, 1.03), ylim=(-.6, len(order)-.4)); ax.grid(axis='x', alpha=.25); ax.title.set_size(9)
+        ax.set(title=k, xlim=(-.03, 1.03), ylim=(-.6, len(order)-.4))
+        ax.grid(axis='x', alpha=.25); ax.title.set_size(9)
     np.atleast_1d(axs)[0].set_yticks(range(len(order)), order[::-1])
     return fig

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TemplatesConfig', 'template_questions', 'score_template', 'gain_of', 'template_metrics', 'compare_templates',
-           'template_table', 'plot_templates']
+           'template_name', 'template_table', 'plot_templates']
 
 # %% ../nbs/04f_templates.ipynb #f1a00004
 from pathlib import Path
@@ -37,22 +37,25 @@ class TemplatesConfig(Config):
 
 # %% ../nbs/04f_templates.ipynb #f1a0000b
 def template_questions(rows, # held-out rows
-                       n:int=0, options:int=5, seed:int=0) -> list[dict]: # id, cluster, lang, user, reply, choices (personas), answer
-    "Replies with the personas they are held against; with their own alone where others are missing. A `DataError` if no row has a persona."
+                       n:int=0, options:int=5, seed:int=0
+                      ) -> list[dict]: # id, cluster, lang, user, reply, choices (personas), answer
+    "Replies with the personas they are held against, or their own alone; a `DataError` if no row has a persona."
     told = [r for r in rows if r['instruction']]
-    if not told: raise DataError('no held-out row has a persona, so there is nothing that a template could tell: give one by -p persona=…')
+    if not told: raise DataError('no held-out row has a persona, so a template has nothing to tell: give one by -p persona=…')
     try: return make_questions(told, n, options, seed, 'speaker')
     except DataError: pass
     order = np.random.default_rng(seed).permutation(len(told))[:n or None]
-    return [told[i] | dict(id=row_id(told[i]), track='speaker', cluster=told[i]['character'], choices=[told[i]['instruction']], answer=0) for i in order]
+    alone = lambda r: r | dict(id=row_id(r), track='speaker', cluster=r['character'], choices=[r['instruction']], answer=0)
+    return [alone(told[i]) for i in order]
 
 # %% ../nbs/04f_templates.ipynb #f1a00011
 def score_template(cfg:TemplatesConfig, model, tok, qs:list[dict], name:str, # of the template, or its file
                    rows=() # training rows, for templates with examples
-                  ) -> list[dict]: # id, cluster, lang, answer, bare, token: nats per token after the line alone, after each persona
+                  ) -> list[dict]: # id, cluster, lang, answer; nats per token after the line alone (bare), after each persona (token)
     "Each reply's log-likelihood per token with every persona in one template."
     how = drawn_from(find_template(name), rows)
-    what = [template_id(name), model_name(cfg.model), cfg.precision, data_hash(cfg.out), cfg.max_reply, cfg.max_context, device_info()['device']]
+    what = [template_id(name), model_name(cfg.model), cfg.precision, data_hash(cfg.out), cfg.max_reply, cfg.max_context,
+            device_info()['device']]
     key = content_hash(what, *(package_dir()/f'{m}.py' for m in ('benchmark', 'scoring', 'prompts')))
     path = rooted(cfg.out)/'records'/f'templates-{Path(name).stem}.questions.jsonl'
     def score(done):
@@ -62,7 +65,8 @@ def score_template(cfg:TemplatesConfig, model, tok, qs:list[dict], name:str, # o
     return write_lines(path, key, [q['id'] for q in qs], score, Path(name).stem)
 
 # %% ../nbs/04f_templates.ipynb #f1a00015
-def gain_of(lines:list[dict]) -> tuple[np.ndarray, np.ndarray]: # (replies,) own persona, (replies, options-1) the others: nats per token
+def gain_of(lines:list[dict]
+           ) -> tuple[np.ndarray, np.ndarray]: # (replies,) own persona, (replies, options-1) the others: nats per token
     "What personas in a template add to a reply's log-likelihood per token."
     added = np.array([o['token'] for o in lines]) - np.array([o['bare'] for o in lines])[:, None]
     own = np.arange(added.shape[1]) == np.array([o['answer'] for o in lines])[:, None]
@@ -71,7 +75,7 @@ def gain_of(lines:list[dict]) -> tuple[np.ndarray, np.ndarray]: # (replies,) own
 def template_metrics(lines:list[dict], # of a template
                      plain:list[dict]|None=None # of the plain persona, on the same replies
                     ) -> dict[str,dict]: # metrics
-    "Gain with the own persona and with others', specificity, who is found to speak, and the difference to the plain persona."
+    "Gain with the own persona and with others', specificity, who is found to speak, difference to the plain persona."
     who, (own, others) = [o['cluster'] for o in lines], gain_of(lines)
     def mean(v):
         e = estimate(v, who)
@@ -82,7 +86,8 @@ def template_metrics(lines:list[dict], # of a template
                 'accuracy speaker': accuracy([int(np.argmax(o['token'])) == o['answer'] for o in lines])}
     if plain is not None:
         out['gain over persona'], e = mean(own - gain_of(plain)[0])
-        out |= {'gain over persona p': metric(e['p'], 'p', e['n']), 'gain over persona detectable': metric(e['detectable'], 'nats/token', e['n'])}
+        out |= {'gain over persona p': metric(e['p'], 'p', e['n']),
+                'gain over persona detectable': metric(e['detectable'], 'nats/token', e['n'])}
     return out
 
 # %% ../nbs/04f_templates.ipynb #f1a00018
@@ -97,37 +102,45 @@ def compare_templates(cfg:TemplatesConfig, model, tok, rows:dict) -> list[dict]:
         found[t]['gain over persona p'] = metric(float(p), 'p (Holm)', len(qs))
     best = max(names, key=lambda t: found[t]['gain']['value'])
     for f in folder.glob('templates-*.json'): f.unlink() # of an earlier run
-    what = dict(step='templates', model=model_name(cfg.model), precision=cfg.precision, data_hash=data_hash(cfg.out), split=split_kind(cfg.out),
-                questions_hash=questions_hash(qs))
-    return [save_record(folder/f'templates-{Path(t).stem}.json', what | dict(template=template_id(t), file=t, chosen=t == best), m, cfg.model_dump(),
-                        folder/f'templates-{Path(t).stem}.questions.jsonl') for t, m in found.items()]
+    what = dict(step='templates', model=model_name(cfg.model), precision=cfg.precision, data_hash=data_hash(cfg.out),
+                split=split_kind(cfg.out), questions_hash=questions_hash(qs))
+    def kept(t, m):
+        path, own = folder/f'templates-{Path(t).stem}.json', dict(template=template_id(t), file=t, chosen=t == best)
+        return save_record(path, what | own, m, cfg.model_dump(), path.with_suffix('.questions.jsonl'))
+    return [kept(t, m) for t, m in found.items()]
 
 # %% ../nbs/04f_templates.ipynb #f1a00019
+def template_name(record:dict) -> str:
+    "The name of a record's template, without its hash."
+    return record['what']['template'].rsplit(' ', 1)[0]
+
 def template_table(records:list[dict]) -> pd.DataFrame: # one line per template, the largest gain first
     "Gains, specificity and accuracy of the templates; an arrow marks the chosen one."
     rows = []
     for r in sorted(records, key=lambda r: -r['metrics']['gain']['value']):
         m = r['metrics']
-        short = lambda k: f"{m[k]['value']:+.3f} [{m[k]['interval'][0]:+.3f}, {m[k]['interval'][1]:+.3f}]" if k in m else ''
-        rows.append({'': '→' if r['what']['chosen'] else '', 'template': r['what']['template'].rsplit(' ', 1)[0], 'gain': short('gain'),
+        short = lambda k: '{:+.3f} [{:+.3f}, {:+.3f}]'.format(m[k]['value'], *m[k]['interval']) if k in m else ''
+        p = m.get('gain over persona p')
+        rows.append({'': '→' if r['what']['chosen'] else '', 'template': template_name(r), 'gain': short('gain'),
                      'of other personas': short('gain of other personas'), 'specificity': short('specificity'),
                      'who speaks': f"{m['accuracy speaker']['value']:.2f}" if 'accuracy speaker' in m else '',
-                     'over persona': short('gain over persona'), 'p (Holm)': f"{m['gain over persona p']['value']:.2g}" if 'gain over persona p' in m else ''})
+                     'over persona': short('gain over persona'), 'p (Holm)': f"{p['value']:.2g}" if p else ''})
     return pd.DataFrame(rows)
 
 # %% ../nbs/04f_templates.ipynb #f1a0001c
 def plot_templates(records:list[dict], ax=None):
-    "The gain of each template with the own persona (filled) and with others' (hollow), with intervals; the chosen one on top."
+    "The gain of each template with the own persona (filled) and with others' (hollow); the chosen one on top."
     import matplotlib.pyplot as plt
     some = sorted(records, key=lambda r: r['metrics']['gain']['value'])
     ax = ax or plt.subplots(figsize=(7, .42*len(some)+1.4), layout='constrained')[1]
     for y, r in enumerate(some):
-        for key, colour, fill, shift in (('gain of other personas', '#949494', 'none', -.14), ('gain', '#0173b2', '#0173b2', .14)):
+        for key, words, colour, fill, shift in (('gain of other personas', 'personas of others', COLOURS['base'], 'none', -.14),
+                                                ('gain', 'own persona', COLOURS['prompt'], COLOURS['prompt'], .14)):
             if (m := r['metrics'].get(key)) is None: continue
             ax.plot(m['interval'], [y+shift]*2, color=colour, lw=1.5)
-            ax.plot(m['value'], y+shift, 'o', color=colour, mfc=fill, ms=6, label={'gain': 'own persona'}.get(key, 'personas of others') if y == 0 else None)
+            ax.plot(m['value'], y+shift, 'o', color=colour, mfc=fill, ms=6, label=words if y == 0 else None)
     ax.axvline(0, color='gray', lw=1, ls=':'); ax.grid(axis='x', alpha=.25)
-    ax.set_yticks(range(len(some)), [r['what']['template'].rsplit(' ', 1)[0] for r in some])
+    ax.set_yticks(range(len(some)), [template_name(r) for r in some])
     ax.set(xlabel='nats per token more than after the line alone', ylim=(-.6, len(some)-.4),
            title=f"What a template adds to the author's replies (n={some[0]['metrics']['gain']['n']:,})")
     ax.legend(fontsize=8, frameon=False, loc='lower right')
