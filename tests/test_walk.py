@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 os.environ |= dict(MPLBACKEND='agg', YOTHALIA_PROGRESS='off')
-from yothalia.cluster import STEPS, findings, look_first, plan
+from yothalia.cluster import STEPS, findings, look_first, plan, room
 from yothalia.core import *
 from yothalia.data import label_rows, sample_rows
 from yothalia.rows import DataError
@@ -19,7 +19,7 @@ MORE = {'alpaca': ['merged=true', 'batch=1', 'evals=3'], 'transcript': ['precisi
 def the_run(step, params):
     "Execute a notebook's run in this process, without its lessons: imports, parameters, configuration, and all from 'The run' to the next part."
     cells = json.loads((ROOT/'nbs'/f'{step}.ipynb').read_text())['cells']
-    module, on = importlib.import_module(f'yothalia.{step[3:]}'), False
+    module, on = importlib.import_module(f'yothalia.{room(step)}'), False
     space = {k: v for k, v in vars(module).items() if callable(v) or inspect.ismodule(v) or not k.islower()} | {'__name__': '__main__'}
     for c in cells:
         text = ''.join(c['source'])
@@ -127,6 +127,21 @@ def same_merged(out):
     with torch.inference_mode(): one, two, base = (m(ids).logits[0].float().log_softmax(-1) for m in (load_model(str(out/'merged')), load_model(adapter=str(out/'adapter')), load_model()))
     apart = lambda a, b: float((a-b).abs().mean())
     assert 0 < apart(one, two) < apart(base, two)/2, (apart(one, two), apart(base, two))  # weights in bf16 are rounded, and no more
+
+
+@pytest.mark.parametrize('make', [alpaca, tavern, twelve], ids=lambda m: m.__name__)
+def test_walk_measures(make, tmp_path):
+    "The rooms that a run does on request, on rows without personas, of one character, and on twelve rows."
+    path, given = written(make, tmp_path)
+    few = ['questions=2', 'templates=[rules, examples]', 'new_tokens=2', 'lines=1', 'characters=1', 'train_sizes=[0, 3]', 'loss_rows=2', 'reply_lines=1']
+    given = [g for g in given if not g.startswith(('questions=', 'tracks='))]
+    steps = ['01_data', '04f_templates', '02_lora', '04g_replies', '04h_curve']
+    planned = plan({}, [*TINY, *given, *few, f'data={path}', f'out={tmp_path}/out'], steps)
+    for step, params in planned.items(): the_run(step, params)
+    got = {s: load_records(tmp_path/'out'/'records', step=s) for s in ('templates', 'replies', 'curve')}
+    assert len(got['templates']) == (3 if make is tavern else 0) and len(got['curve']) == 2, got
+    conditions = {'base', 'lora', 'author'} | ({'prompt', 'both'} if make is not alpaca else set())
+    assert {r['what']['condition'] for r in got['replies']} == conditions, got['replies']
 
 
 @pytest.fixture

@@ -42,6 +42,7 @@ def template_questions(rows, # held-out rows
     "Replies with the personas they are held against, or their own alone; a `DataError` if no row has a persona."
     told = [r for r in rows if r['instruction']]
     if not told: raise DataError('no held-out row has a persona, so a template has nothing to tell: give one by -p persona=…')
+    if len(told) < 2: raise DataError('only one held-out row has a persona: bring more rows, or raise valid_share')
     try: return make_questions(told, n, options, seed, 'speaker')
     except DataError: pass
     order = np.random.default_rng(seed).permutation(len(told))[:n or None]
