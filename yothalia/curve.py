@@ -81,6 +81,7 @@ def point_values(cfg:CurveConfig, model, tok, asked:dict, # speaker, voice: ques
         for o in own_values(cfg, model, tok, asked, c, told, adapter, folder): add('own character', c, o, o['value'])
     return out
 
+# %% ../nbs/04h_curve.ipynb #b8a00040
 def own_values(cfg, model, tok, asked, condition, told, adapter, folder) -> list[dict]: # id, cluster, value
     "Whose the model's own replies sound like; nothing where none shall be said."
     if not asked['lines']: return []

@@ -125,6 +125,7 @@ def measured(replies:list[dict], # character, lang, user, reply, author, ended, 
             script=script(t) == script(r['author']), assistant=bool(ASSISTANT.search(t))))
     return out
 
+# %% ../nbs/04g_replies.ipynb #a7a00040
 COPY = 8 # units: a run as long as this is taken for a copy
 
 def reply_metrics(lines:list[dict]) -> dict[str,dict]: # name → metric
@@ -154,6 +155,7 @@ def asked_lines(rows:list[dict], # test rows
     first = sorted(of.values(), key=len, reverse=True)[:characters or None]
     return [r for some in first for r in some[:lines or None]]
 
+# %% ../nbs/04g_replies.ipynb #a7a00041
 def replies_of(cfg:RepliesConfig, model, tok, rows:list[dict], condition:str, # a key of `CONDITIONS`
                told:Template, # where the model is told the persona
                adapter:str='', path:Path|None=None # where they are kept
