@@ -94,7 +94,8 @@ def look_first(planned:dict[str,dict]):
     for step, params in planned.items():
         for p in [params['precision']] if 'precision' in params else params.get('precisions') or []: known_precision(str(p))
         if (a := params.get('adapter')) and a != 'auto': find_adapter(a)
-        if (t := params.get('template', 'auto')) != 'auto': find_template(str(t))
+        for t in [params.get('template', 'auto'), *(params.get('templates') or [])]:
+            if t != 'auto': find_template(str(t))
     for m in dict.fromkeys(p['model'] for p in planned.values() if 'model' in p): find_model(str(m))
     for p in planned.values():
         for q in [p['precision']] if 'precision' in p else []: find_memory(str(p.get('model', EMBEDDED)), str(q))
@@ -233,7 +234,8 @@ def _character_lines(bench:list[dict], track:str) -> list[str]:
     at = _at(bench, track)
     if 'prompt' not in at: return []
     acc = {c: r['metrics'][f'accuracy {headline_of(r)}'] for c, r in at.items() if c != 'none'}
-    told = {'prompt': 'told the persona', 'both': 'fine-tuned as well', 'base': 'told nothing'}
+    how = at['prompt']['what'].get('template', 'persona').rsplit(' ', 1)[0]
+    told = {'prompt': 'told the persona' + f' (template {how!r})'*(how != 'persona'), 'both': 'fine-tuned as well', 'base': 'told nothing'}
     found = ', '.join(f'{told[c]} {_percent(acc[c])}' for c in told if c in acc)
     made = _difference(at, 'none', 'prompt', 'told it, against the rule') + _difference(at, 'base', 'prompt', 'the persona') + _difference(at, 'prompt', 'both', 'the fine-tuning of the model that is told it')
     return [f"{TRACKS[track].asks} Right of {acc['prompt']['n']} questions: {found}{_beside(at)}."
@@ -261,7 +263,8 @@ def _template_line(records:list[dict]) -> list[str]:
     "Which prompt template the held-out replies choose."
     best = next((r for r in records if r['what'].get('chosen')), None)
     if not best: return []
-    m, name = best['metrics'], best['what']['template'].rsplit(' ', 1)[0]
+    from yothalia.templates import template_name
+    m, name = best['metrics'], template_name(best)
     over = m.get('gain over persona')
     more = (f", {_with_interval(over)} more than the plain persona (p {m['gain over persona p']['value']:.2g}, corrected for {len(records)-1} templates)"
             if over else ', more than any other')
@@ -280,9 +283,9 @@ def _heard_line(records:list[dict]) -> list[str]:
 
 def _rows_line(records:list[dict]) -> list[str]:
     "What more training rows brought."
-    some = sorted((r for r in records), key=lambda r: (r['what']['train_rows'], r['what']['rank']))
-    if len(some) < 2: return []
-    of = lambda r, k: r['metrics'].get(f"{'both' if r['what']['adapter'] else 'prompt'} {k}")
+    if len(records) < 2: return []
+    from yothalia.curve import at as of, by_rows
+    some = by_rows(records)
     both = lambda k: ' → '.join(f"{of(r, k)['value']:.2f}" for r in (some[0], some[-1]))
     parts = [f'{words} {both(k)}' for k, words in
              (('loss', 'nats per token of held-out replies'), ('speaker', 'who is speaking'), ('voice', 'whose reply')) if of(some[0], k) and of(some[-1], k)]
