@@ -50,6 +50,34 @@ print("DONE", last_checkpoint(folder).name)
     assert 'LAST checkpoint-1' in got.stdout and 'DONE checkpoint-3' in got.stdout, got.stdout + got.stderr[-2000:]
 
 
+def test_stopped_by_a_signal_and_taken_up(name):
+    "SIGINT in the middle of a step: that step is ended and saved, and the adapter becomes the same as without a stop."
+    code = f'''
+import os, shutil, signal, torch
+from yothalia.data import DataConfig, prepare
+from yothalia.lora import LoraConfig, ReplyTrainer, fit
+from yothalia.core import *
+cfg = LoraConfig(out="_runs/{name}", train_rows=10, valid_rows=2, batch=2, evals=1, max_tokens=256)
+prepare(DataConfig(out=cfg.out))
+weights = lambda m: {{n: p.detach().clone() for n, p in m.named_parameters() if "lora_" in n}}
+whole = weights(fit(cfg)[0])
+shutil.rmtree(rooted(cfg.out)/"checkpoints")
+loss, seen = ReplyTrainer.compute_loss, []
+def asked(self, *a, **kw): # in the middle of a step
+    seen.append(1)
+    if len(seen) == 5: os.kill(os.getpid(), signal.SIGINT)
+    return loss(self, *a, **kw)
+ReplyTrainer.compute_loss = asked
+try: fit(cfg)
+except KeyboardInterrupt as e: print("SAID", e)
+model, log, counts = fit(cfg)
+print("STEPS", counts["steps"], "SAME", all(torch.equal(v, whole[k]) for k, v in weights(model).items()))
+'''
+    got = python(code)
+    assert 'SAID Stopped and saved after step' in got.stdout and ' of 4' in got.stdout, got.stdout + got.stderr[-2000:]
+    assert "'done': 4" in got.stdout and "'taken_up': 0" not in got.stdout and 'SAME True' in got.stdout, got.stdout + got.stderr[-2000:]
+
+
 def test_two_processes_convert_the_model_at_once(tmp_path):
     "Both get the same whole model; a damaged cache is noticed and made again."
     env = {**os.environ, 'YOTHALIA_CACHE': str(tmp_path)}

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['project_root', 'rooted', 'package_dir', 'tidy', 'ConfigError', 'Config', 'nearest', 'parameters_in', 'configure',
            'CoreConfig', 'seed_everything', 'atomic', 'write_jsonl', 'read_jsonl', 'content_hash', 'file_sha256',
-           'seal', 'sealed', 'device_info', 'run_info', 'Metric', 'metric', 'save_record', 'load_records',
-           'record_table', 'progress', 'tell_progress']
+           'seal', 'sealed', 'device_info', 'world', 'stop_asked', 'run_info', 'Metric', 'metric', 'save_record',
+           'load_records', 'record_table', 'progress', 'tell_progress']
 
 # %% ../nbs/00_core.ipynb #6d0c227c
 import difflib, hashlib, importlib, json, os, platform, random, re, shutil, subprocess
@@ -186,6 +186,16 @@ def device_info() -> dict:
         return dict(device='cuda', name=p.name, memory_gb=round(p.total_memory/1e9, 1), count=torch.cuda.device_count())
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     return dict(device='cpu', name=_cpu_name(), memory_gb=round(psutil.virtual_memory().total/1e9, 1), count=cores)
+
+# %% ../nbs/00_core.ipynb #83379f81
+def world() -> tuple[int,int]: # rank, processes
+    "Which of how many processes that train together this one is, as torchrun says."
+    return int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+
+def stop_asked() -> bool:
+    "Whether the file that YOTHALIA_STOP names is there: save, and stop."
+    told = os.environ.get('YOTHALIA_STOP', '')
+    return bool(told) and Path(told).exists()
 
 # %% ../nbs/00_core.ipynb #f8ebbe39
 def run_info(params:dict # every parameter of the run

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['MIN_REPLY', 'CARD', 'LoraConfig', 'example', 'target_runs', 'check_labels', 'token_budget', 'examples', 'collate',
            'row_losses', 'loss_metric', 'reply_loss', 'add_lora', 'moved', 'SealCheckpoints', 'last_checkpoint',
-           'TrainError', 'Watch', 'training_arguments', 'training_key', 'ReplyTrainer', 'rows_of', 'fit', 'plot_curve',
-           'save_adapter', 'kept_adapter', 'condition_losses', 'loss_table', 'gains', 'before_after', 'merge',
-           'training_speed', 'plot_gains']
+           'TrainError', 'Watch', 'Stoppable', 'training_arguments', 'training_key', 'ReplyTrainer', 'rows_of', 'fit',
+           'plot_curve', 'save_adapter', 'kept_adapter', 'condition_losses', 'loss_table', 'gains', 'before_after',
+           'merge', 'training_speed', 'plot_gains']
 
 # %% ../nbs/02_lora.ipynb #6456a6e1
-import itertools, math, re, shutil, time
+import itertools, math, re, shutil, signal, time
 from collections import Counter
 from pathlib import Path
 
@@ -165,6 +165,7 @@ def moved(model) -> float:
 class SealCheckpoints(TrainerCallback):
     "Seal each checkpoint once all its files are written."
     def on_save(self, args, state, control, **kw):
+        if world()[1] > 1: torch.distributed.barrier() # each process has written its part
         if state.is_world_process_zero: seal(Path(args.output_dir)/f'checkpoint-{state.global_step}')
 
 def last_checkpoint(folder:str|Path # where checkpoint-N folders are
@@ -188,6 +189,25 @@ class Watch(TrainerCallback):
             if not math.isfinite((logs or {}).get(k, 0)):
                 raise TrainError(f'{k} is {logs[k]} at step {state.global_step}: lower learning_rate (now {args.learning_rate}); the last whole checkpoint is kept.')
 
+# %% ../nbs/02_lora.ipynb #45e29151
+class Stoppable(TrainerCallback):
+    "Asked by SIGINT, or by the file that YOTHALIA_STOP names, save and stop after the current step."
+    asked = False
+    def listen(self):
+        "Note SIGINT from now on; where this is not the main thread, only the file counts."
+        try: self.before = signal.signal(signal.SIGINT, lambda *_: setattr(self, 'asked', True))
+        except ValueError: self.before = None
+
+    def leave(self):
+        "Treat SIGINT as before."
+        if self.before: signal.signal(signal.SIGINT, self.before)
+
+    def on_step_end(self, args, state, control, **kw):
+        wish = torch.tensor(float(self.asked or stop_asked()), device=args.device)
+        if world()[1] > 1: torch.distributed.all_reduce(wish, torch.distributed.ReduceOp.MAX)
+        self.asked = bool(wish)
+        if self.asked and state.global_step < state.max_steps: control.should_save = control.should_training_stop = True
+
 # %% ../nbs/02_lora.ipynb #45e29155
 def training_arguments(cfg:LoraConfig, # parameters
                        folder:Path, # where checkpoints go
@@ -196,10 +216,11 @@ def training_arguments(cfg:LoraConfig, # parameters
     "What Trainer is told: gradient accumulation up to `batch`, `evals` evaluations with a checkpoint each, the best kept."
     steps = math.ceil(math.ceil(n_rows/cfg.batch) * cfg.epochs)
     every = max(1, steps // cfg.evals)
-    cpu = device_info()['device'] == 'cpu'
+    cpu, shared = device_info()['device'] == 'cpu', world()[1]
+    micro = max(1, min(cfg.micro_batch, cfg.batch//shared))
     return TrainingArguments(
         output_dir=str(folder), max_steps=steps, learning_rate=cfg.learning_rate, lr_scheduler_type='cosine', warmup_steps=steps//20,
-        per_device_train_batch_size=cfg.micro_batch, gradient_accumulation_steps=max(1, cfg.batch//cfg.micro_batch),
+        per_device_train_batch_size=micro, gradient_accumulation_steps=max(1, cfg.batch//(micro*shared)),
         per_device_eval_batch_size=cfg.micro_batch, eval_strategy='steps', eval_steps=every, eval_on_start=True, prediction_loss_only=True,
         save_strategy='steps', save_steps=every, save_total_limit=2, load_best_model_at_end=True, metric_for_best_model='eval_loss', greater_is_better=False,
         logging_steps=max(1, steps//40), logging_nan_inf_filter=False, report_to='none', disable_tqdm=True, seed=cfg.seed, use_cpu=cpu,
@@ -223,6 +244,7 @@ class ReplyTrainer(Trainer):
         targets = labels[:, start:].flatten()
         loss = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=-100, reduction='sum')
         loss = loss / (num_items_in_batch if num_items_in_batch is not None else (targets != -100).sum())
+        if num_items_in_batch is not None: loss = loss * world()[1] # that is of all processes, whose gradients are averaged
         return (loss, out) if return_outputs else loss
 
     def log(self, logs, *a, **kw):
@@ -249,7 +271,7 @@ def fit(cfg:LoraConfig, # checked parameters
     model = add_lora(load_model(cfg.model, cfg.precision), cfg)
     folder = rooted(cfg.out)/'checkpoints'/training_key(cfg, given)
     trainer = ReplyTrainer(model, training_arguments(cfg, folder, len(sets['train'])), lambda items: collate(items, tok.pad_token_id),
-                         sets['train'], sets['valid'], callbacks=[SealCheckpoints(), Watch()])
+                         sets['train'], sets['valid'], callbacks=[SealCheckpoints(), Watch(), Stoppable()])
     trainer.remove_callback(next(c for c in trainer.callback_handler.callbacks if 'Printer' in type(c).__name__))
     counts['steps'] = dict(taken_up=_run(trainer, folder), done=trainer.state.global_step)
     model.config.use_cache = True
@@ -258,11 +280,14 @@ def fit(cfg:LoraConfig, # checked parameters
 # %% ../nbs/02_lora.ipynb #37ddf461
 def _run(trainer, folder:Path) -> int: # the step that was taken up
     "Train from the newest whole checkpoint; a full disk is said in one sentence."
-    last = last_checkpoint(folder)
+    last, stop = last_checkpoint(folder), next(c for c in trainer.callback_handler.callbacks if isinstance(c, Stoppable))
     for p in folder.glob('checkpoint-*'):
-        if not sealed(p): shutil.rmtree(p)
+        if world()[0] == 0 and not sealed(p): shutil.rmtree(p)
+    stop.listen()
     try:
         with quiet(): trainer.train(resume_from_checkpoint=str(last) if last else None)
+        if stop.asked and trainer.state.global_step < trainer.state.max_steps:
+            raise KeyboardInterrupt(f'Stopped and saved after step {trainer.state.global_step} of {trainer.state.max_steps}: run it again, and it goes on.')
         return int(last.name.split('-')[1]) if last else 0
     except TrainError: raise
     except Exception as e:
@@ -271,6 +296,7 @@ def _run(trainer, folder:Path) -> int: # the step that was taken up
         last = last_checkpoint(folder)
         raise TrainError(f'The disk is full: a checkpoint could not be written ({shutil.disk_usage(folder).free/1e9:.1f} GB free at {tidy(folder)}). '
                          f'Free some space and run again: it goes on from {last.name if last else "the beginning"}.') from e
+    finally: stop.leave()
 
 # %% ../nbs/02_lora.ipynb #868d115d
 def plot_curve(log:list[dict], # Trainer's log history
