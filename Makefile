@@ -7,7 +7,7 @@ JOBS   ?= 2
 # one thread for each of several jobs: small models leave a second thread half idle
 TOGETHER = OMP_NUM_THREADS=1
 
-.PHONY: run test setup lab export notebooks readme clean
+.PHONY: run test test-cluster setup lab export notebooks readme clean
 
 run: setup            ## the whole road with the default model on the shipped sample
 	$(BIN)/yothalia run
@@ -22,6 +22,9 @@ else
 	$(TOGETHER) $(BIN)/nbdev_test --n_workers $(JOBS) --do_print
 	$(TOGETHER) $(BIN)/python -m pytest -q -n $(JOBS) --maxschedchunk 1 --durations 12 tests --ignore tests/test_frame.py
 endif
+
+test-cluster: setup   ## a real Slurm of two nodes on this machine; needs root, and apt: slurmctld slurmd slurm-client munge
+	YOTHALIA_TEST_CLUSTER=1 timeout 1500 $(BIN)/python -m pytest -q --durations 12 tests/test_cluster.py
 
 setup: $(VENV)/installed
 $(VENV)/installed: constraints.txt settings.ini setup.py

@@ -1,0 +1,148 @@
+"""On a real Slurm of two nodes on this machine: chains, arrays, failures, time limits, a node that dies, training on both nodes."""
+import json, os, re, shutil, subprocess, sys, time
+from pathlib import Path
+
+import pytest, yaml
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+RUN = ROOT/'_runs'
+pytestmark = pytest.mark.skipif(not (os.environ.get('YOTHALIA_TEST_CLUSTER') and shutil.which('slurmctld')), reason='make test-cluster starts a Slurm for these')
+SHORT = ['01_data', '02_lora']
+
+
+@pytest.fixture(scope='module')
+def slurm(tmp_path_factory):
+    "Two nodes, and a site file for them; every job of an earlier test run is gone."
+    box = tmp_path_factory.mktemp('slurm')
+    subprocess.run(['bash', str(ROOT/'tests/slurm_here.sh'), 'start', str(box)], check=True, timeout=90)
+    (box/'tiny.yml').write_text('seed: 0\n')
+    site = dict(cpus=2, gpus=0, warn=10, time='00:15:00', setup=[f'source {BIN}/activate', 'export OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore'])
+    (box/'site.yml').write_text(yaml.safe_dump(site))
+    os.environ |= dict(SLURM_CONF=str(box/'slurm.conf'), YOTHALIA_SITE=str(box/'site.yml'))
+    for p in RUN.glob('ct-*'): shutil.rmtree(p)
+    yield box
+    subprocess.run(['bash', str(ROOT/'tests/slurm_here.sh'), 'stop', str(box)], timeout=60)
+
+
+def yothalia(*args, ok=True, **env):
+    got = subprocess.run([str(BIN/'yothalia'), *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=300,
+                         env={**os.environ, 'COLUMNS': '200', 'NO_COLOR': '1', **env})
+    assert (got.returncode == 0) == ok, got.stdout + got.stderr
+    return got.stdout
+
+def submit(box, name, *more, steps=SHORT, **kw): return yothalia('submit', box/'tiny.yml', '--name', name, '--steps', ','.join(steps), *more, **kw)
+
+def ids(name): return {s: v[-1] for s, v in json.loads((RUN/name/'slurm/jobs.json').read_text()).items()}
+
+def scontrol(job):
+    out = subprocess.run(['scontrol', 'show', 'job', job, '-o'], capture_output=True, text=True).stdout
+    return [dict(re.findall(r'(\w+)=(\S+)', l)) for l in out.splitlines() if l]
+
+def wait(what, seconds, every=2.):
+    "Wait until something holds, or fail and show what Slurm has."
+    end = time.time() + seconds
+    while time.time() < end:
+        if r := what(): return r
+        time.sleep(every)
+    pytest.fail(subprocess.run(['squeue', '-a'], capture_output=True, text=True).stdout + '\n'.join(p.read_text()[-1500:] for p in sorted(RUN.glob('ct-*/slurm/*.out'))[-4:]))
+
+def ended(job): return all(j['JobState'] not in ('PENDING', 'RUNNING', 'COMPLETING', 'CONFIGURING') for j in scontrol(job))
+
+def all_done(*names): return lambda: all((RUN/n/'done'/f'{s}.json').exists() for n in names for s in SHORT)
+
+def weights(name):
+    from safetensors.torch import load_file
+    return load_file(RUN/name/'adapter/adapter_model.safetensors')
+
+def output(name, step='02_lora'): return '\n'.join(p.read_text() for p in sorted((RUN/name/'slurm').glob(f'{step}-*.out')))
+
+
+LONG = ['-p', '02_lora.train_rows=80', '-p', '02_lora.valid_rows=4', '-p', '02_lora.epochs=2.0', '-p', '02_lora.batch=4', '-p', '02_lora.micro_batch=4',
+        '-p', '02_lora.evals=8', '-p', '02_lora.replies=0']
+
+
+def test_the_road(slurm):
+    "Five steps, each after the one before; papermill and the default model in every one."
+    said = submit(slurm, 'ct-road', steps=['01_data', '02_lora', '03_quantization', '04_benchmark', '05_profiling'])
+    assert len(re.findall(r'job \d+, after \d+', said)) == 4
+    assert 'pending' in yothalia('status', 'ct-road')
+    wait(lambda: ended(ids('ct-road')['05_profiling']), 300)
+    shown = yothalia('status', 'ct-road')
+    assert shown.count('done') == 5 and 'held-out loss' in shown, shown + output('ct-road')
+    assert 'done before' in submit(slurm, 'ct-road')  # and nothing is queued
+    assert 'loss both' in yothalia('collect', 'ct-road') and 'loss both' in (RUN/'ct-road/collected.csv').read_text() and (RUN/'ct-road/collected.png').stat().st_size > 5000
+
+
+def test_a_grid_is_one_array_and_finished_points_are_skipped(slurm):
+    (slurm/'grid.yml').write_text('02_lora.rank: [4, 8]\n02_lora.train_rows: [4, 6, 8]\n')
+    grid = ['--grid', slurm/'grid.yml']
+    submit(slurm, 'ct-grid', *grid, '--dry-run')
+    first = RUN/'ct-grid/rank=4,train_rows=4'
+    yothalia('step', first)
+    said = submit(slurm, 'ct-grid', *grid)
+    assert '5 of 6 runs' in said and 'array 1,2,3,4,5' in said and 'rank=4,train_rows=4  done before' in said
+    before = (first/'done/02_lora.json').read_text()
+    wait(lambda: ended(ids('ct-grid')['all']), 300)
+    shown = yothalia('status', 'ct-grid')
+    assert shown.count('done') == 12, shown
+    assert (first/'done/02_lora.json').read_text() == before
+    assert '6 runs' in yothalia('collect', 'ct-grid')
+
+
+def test_what_fails_cancels_the_rest_and_says_why(slurm):
+    submit(slurm, 'ct-fail', '-p', '02_lora.max_tokens=16', steps=['01_data', '02_lora', '04_benchmark'])
+    job = ids('ct-fail')
+    wait(lambda: ended(job['04_benchmark']), 150)
+    shown = yothalia('status', 'ct-fail')
+    assert 'no row fits into 16 tokens' in shown and 'failed' in shown and 'a step before it failed' in shown, shown
+
+
+def test_two_submissions_of_one_run(slurm):
+    "Both jobs run at once; one works, the other waits and finds it done."
+    submit(slurm, 'ct-twice'); submit(slurm, 'ct-twice')
+    jobs = json.loads((RUN/'ct-twice/slurm/jobs.json').read_text())['02_lora']
+    wait(lambda: all(map(ended, jobs)), 200)
+    assert [scontrol(j)[0]['JobState'] for j in jobs] == ['COMPLETED']*2
+    assert output('ct-twice').count('done before') == 1 and weights('ct-twice')
+
+
+def test_time_limit_and_a_dead_node_end_with_the_same_adapter(slurm):
+    "Unbroken; stopped by the time limit, saved, queued again; killed with its node."
+    submit(slurm, 'ct-whole', *LONG); submit(slurm, 'ct-limit', *LONG)
+    job = wait(lambda: ids('ct-limit').get('02_lora'), 10)
+    subprocess.run(['scontrol', 'update', f'JobId={job}', 'TimeLimit=2'], check=True)
+    wait(all_done('ct-whole', 'ct-limit'), 420)
+    assert int(scontrol(job)[0]['Restarts']) >= 1 and 'Saved: 02_lora' in output('ct-limit'), output('ct-limit')
+    one, two = weights('ct-whole'), weights('ct-limit')
+    assert all((one[k] == two[k]).all() for k in one)
+
+    submit(slurm, 'ct-node', *LONG, '--nodes', '1')
+    job = ids('ct-node')['02_lora']
+    wait(lambda: list((RUN/'ct-node/checkpoints').glob('*/*/seal.json')), 150)
+    node = scontrol(job)[0]['BatchHost']
+    pids = [p for p in os.listdir('/proc') if p.isdigit() and f'SLURM_JOB_ID={job}' in _environ(p)]
+    subprocess.run(['pkill', '-9', '-f', f'slurmd -N {node}'])
+    for p in pids: subprocess.run(['kill', '-9', p])
+    wait(all_done('ct-node'), 300)
+    assert scontrol(job)[0]['BatchHost'] != node and int(scontrol(job)[0]['Restarts']) >= 1
+    three = weights('ct-node')
+    assert all((one[k] == three[k]).all() for k in one)
+    subprocess.run(['slurmd', '-N', node], check=True)
+    wait(lambda: subprocess.run(['sinfo', '-h', '-t', 'idle', '-o', '%D'], capture_output=True, text=True).stdout.strip() == '2', 60)
+
+
+def _environ(pid):
+    try: return Path(f'/proc/{pid}/environ').read_bytes().decode(errors='replace')
+    except OSError: return ''
+
+
+def test_training_on_two_nodes(slurm):
+    "torchrun on both nodes, one process each: up to rounding the same adapter as one process makes."
+    told = ['-p', '02_lora.train_rows=8', '-p', '02_lora.batch=4', '-p', '02_lora.micro_batch=2', '-p', '02_lora.precision=fp32', '-p', '02_lora.learning_rate=1e-3']
+    submit(slurm, 'ct-one', *told); submit(slurm, 'ct-two', *told, '--nodes', '2')
+    wait(all_done('ct-one', 'ct-two'), 300)
+    one, two = weights('ct-one'), weights('ct-two')
+    far = sum(float((one[k]-two[k]).norm())**2 for k in one)**.5 / sum(float(v.norm())**2 for k, v in one.items() if 'lora_B' in k)**.5
+    assert far < .05, far
+    assert "'taken_up': 2" in (RUN/'ct-two/02_lora.ipynb').read_text()  # the notebook found a training that was finished
