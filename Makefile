@@ -7,7 +7,7 @@ JOBS   ?= 2
 # one thread for each of several jobs: small models leave a second thread half idle
 TOGETHER = OMP_NUM_THREADS=1
 
-.PHONY: run test test-cluster setup lab export notebooks readme clean
+.PHONY: run test test-cluster test-browser docs setup lab export notebooks readme clean
 
 run: setup            ## the whole road with the default model on the shipped sample
 	$(BIN)/yothalia run
@@ -25,6 +25,13 @@ endif
 
 test-cluster: setup   ## a real Slurm of two nodes on this machine; needs root, and apt: slurmctld slurmd slurm-client munge
 	YOTHALIA_TEST_CLUSTER=1 timeout 1500 $(BIN)/python -m pytest -q --durations 12 tests/test_cluster.py
+
+test-browser: setup   ## the site and JupyterLab in a real Chromium; needs apt: chromium
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt playwright
+	YOTHALIA_TEST_BROWSER=1 timeout 1200 $(BIN)/python -m pytest -q --durations 8 tests/test_browser.py
+
+docs: setup           ## the site, in _docs, from the notebooks as they are
+	$(BIN)/yothalia docs
 
 setup: $(VENV)/installed
 $(VENV)/installed: constraints.txt settings.ini setup.py

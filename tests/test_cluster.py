@@ -58,7 +58,7 @@ def weights(name):
 def output(name, step='02_lora'): return '\n'.join(p.read_text() for p in sorted((RUN/name/'slurm').glob(f'{step}-*.out')))
 
 
-LONG = ['-p', '02_lora.train_rows=80', '-p', '02_lora.valid_rows=4', '-p', '02_lora.epochs=2.0', '-p', '02_lora.batch=4', '-p', '02_lora.micro_batch=4',
+LONG = ['-p', '02_lora.train_rows=56', '-p', '02_lora.valid_rows=4', '-p', '02_lora.epochs=2.0', '-p', '02_lora.batch=4', '-p', '02_lora.micro_batch=4',
         '-p', '02_lora.evals=8', '-p', '02_lora.replies=0']
 
 
@@ -112,7 +112,7 @@ def test_time_limit_and_a_dead_node_end_with_the_same_adapter(slurm):
     submit(slurm, 'ct-whole', *LONG); submit(slurm, 'ct-limit', *LONG)
     job = wait(lambda: ids('ct-limit').get('02_lora'), 10)
     subprocess.run(['scontrol', 'update', f'JobId={job}', 'TimeLimit=2'], check=True)
-    wait(all_done('ct-whole', 'ct-limit'), 420)
+    wait(all_done('ct-whole', 'ct-limit'), 500)
     assert int(scontrol(job)[0]['Restarts']) >= 1 and 'Saved: 02_lora' in output('ct-limit'), output('ct-limit')
     one, two = weights('ct-whole'), weights('ct-limit')
     assert all((one[k] == two[k]).all() for k in one)
@@ -139,7 +139,7 @@ def _environ(pid):
 
 def test_training_on_two_nodes(slurm):
     "torchrun on both nodes, one process each: up to rounding the same adapter as one process makes."
-    told = ['-p', '02_lora.train_rows=8', '-p', '02_lora.batch=4', '-p', '02_lora.micro_batch=2', '-p', '02_lora.precision=fp32', '-p', '02_lora.learning_rate=1e-3']
+    told = ['-p', '02_lora.train_rows=8', '-p', '02_lora.batch=4', '-p', '02_lora.micro_batch=2', '-p', '02_lora.precision=fp32', '-p', '02_lora.learning_rate=1e-3', '-p', '02_lora.persona_share=0.0']
     submit(slurm, 'ct-one', *told); submit(slurm, 'ct-two', *told, '--nodes', '2')
     wait(all_done('ct-one', 'ct-two'), 300)
     one, two = weights('ct-one'), weights('ct-two')

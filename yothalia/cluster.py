@@ -8,7 +8,7 @@ __all__ = ['STEPS', 'JOBS', 'MIN_DISK', 'SAID', 'ABOUT', 'app', 'room', 'RunErro
            'findings', 'show_frame', 'summary_figure', 'show_results', 'run', 'check', 'results']
 
 # %% ../nbs/06_cluster.ipynb #64c1528f
-import ast, json, os, shutil, tempfile, threading, time
+import ast, json, os, re, shutil, tempfile, threading, time
 from pathlib import Path
 from typing import Annotated
 
@@ -65,7 +65,8 @@ def plan(recipe:dict, # from the YAML file
         if not dot:
             for s in own: own[s].pop(key, None)
     _check_names(flat, own, known)
-    return {s: {k: v for k, v in (flat | own[s]).items() if k in known[s]} for s in steps}
+    told = lambda s, k, v: _number(v) if isinstance(known[s][k], float) else v
+    return {s: {k: told(s, k, v) for k, v in (flat | own[s]).items() if k in known[s]} for s in steps}
 
 # %% ../nbs/06_cluster.ipynb #f787c5d8
 def known_steps(steps:list[str]) -> list[str]:
@@ -74,10 +75,14 @@ def known_steps(steps:list[str]) -> list[str]:
         if s not in JOBS: raise RunError(f'no step {s!r}: ' + (f'did you mean {near[0]!r}? ' if (near := nearest(str(s), JOBS)) else '') + f'known are {", ".join(JOBS)}')
     return [s for s in JOBS if s in steps]
 
+def _number(value):
+    "What YAML takes for text and everybody else for a number: 1e-3."
+    return float(value) if isinstance(value, str) and re.fullmatch(r'[+-]?[0-9.]+[eE][+-]?[0-9]+', value) else value
+
 def _value(text:str, defaults:list, given:str):
     "A value from the command line: text where the notebook has text, else read as YAML."
     if any(isinstance(d, str) for d in defaults): return text
-    try: return yaml.safe_load(text)
+    try: return _number(yaml.safe_load(text))
     except yaml.YAMLError as e: raise RunError(f'-p {given}: {text!r} is not YAML ({str(e).splitlines()[0]})') from None
 
 # %% ../nbs/06_cluster.ipynb #549d129e
