@@ -9,6 +9,10 @@ BIN = Path(sys.executable).parent
 RUN = ROOT/'_runs'
 pytestmark = pytest.mark.skipif(not (os.environ.get('YOTHALIA_TEST_CLUSTER') and shutil.which('slurmctld')), reason='make test-cluster starts a Slurm for these')
 SHORT = ['01_data', '02_lora']
+LONG = ['-p', '02_lora.train_rows=56', '-p', '02_lora.valid_rows=4', '-p', '02_lora.epochs=2.0', '-p', '02_lora.batch=4', '-p', '02_lora.micro_batch=4',
+        '-p', '02_lora.evals=8', '-p', '02_lora.replies=0']
+EARLY = [('ct-road', [], ['01_data', '02_lora', '03_quantization', '04_benchmark', '05_profiling']), ('ct-whole', LONG, SHORT),
+         ('ct-fail', ['-p', '02_lora.max_tokens=16'], ['01_data', '02_lora', '04_benchmark'])]
 
 
 @pytest.fixture(scope='module')
@@ -21,6 +25,7 @@ def slurm(tmp_path_factory):
     (box/'site.yml').write_text(yaml.safe_dump(site))
     os.environ |= dict(SLURM_CONF=str(box/'slurm.conf'), YOTHALIA_SITE=str(box/'site.yml'))
     for p in RUN.glob('ct-*'): shutil.rmtree(p)
+    for name, more, steps in EARLY: (box/f'{name}.said').write_text(submit(box, name, *more, steps=steps))  # both nodes have work from the start
     yield box
     subprocess.run(['bash', str(ROOT/'tests/slurm_here.sh'), 'stop', str(box)], timeout=60)
 
@@ -58,16 +63,10 @@ def weights(name):
 def output(name, step='02_lora'): return '\n'.join(p.read_text() for p in sorted((RUN/name/'slurm').glob(f'{step}-*.out')))
 
 
-LONG = ['-p', '02_lora.train_rows=56', '-p', '02_lora.valid_rows=4', '-p', '02_lora.epochs=2.0', '-p', '02_lora.batch=4', '-p', '02_lora.micro_batch=4',
-        '-p', '02_lora.evals=8', '-p', '02_lora.replies=0']
-
-
 def test_the_road(slurm):
     "Five steps, each after the one before; papermill and the default model in every one."
-    said = submit(slurm, 'ct-road', steps=['01_data', '02_lora', '03_quantization', '04_benchmark', '05_profiling'])
-    assert len(re.findall(r'job \d+, after \d+', said)) == 4
-    assert 'pending' in yothalia('status', 'ct-road')
-    wait(lambda: ended(ids('ct-road')['05_profiling']), 300)
+    assert len(re.findall(r'job \d+, after \d+', (slurm/'ct-road.said').read_text())) == 4
+    wait(lambda: ended(ids('ct-road')['05_profiling']), 500)
     shown = yothalia('status', 'ct-road')
     assert shown.count('done') == 5 and 'held-out loss' in shown, shown + output('ct-road')
     assert 'done before' in submit(slurm, 'ct-road')  # and nothing is queued
@@ -83,7 +82,7 @@ def test_a_grid_is_one_array_and_finished_points_are_skipped(slurm):
     said = submit(slurm, 'ct-grid', *grid)
     assert '5 of 6 runs' in said and 'array 1,2,3,4,5' in said and 'rank=4,train_rows=4  done before' in said
     before = (first/'done/02_lora.json').read_text()
-    wait(lambda: ended(ids('ct-grid')['all']), 300)
+    wait(lambda: ended(ids('ct-grid')['all']), 400)
     shown = yothalia('status', 'ct-grid')
     assert shown.count('done') == 12, shown
     assert (first/'done/02_lora.json').read_text() == before
@@ -91,9 +90,8 @@ def test_a_grid_is_one_array_and_finished_points_are_skipped(slurm):
 
 
 def test_what_fails_cancels_the_rest_and_says_why(slurm):
-    submit(slurm, 'ct-fail', '-p', '02_lora.max_tokens=16', steps=['01_data', '02_lora', '04_benchmark'])
     job = ids('ct-fail')
-    wait(lambda: ended(job['04_benchmark']), 150)
+    wait(lambda: ended(job['04_benchmark']), 300)
     shown = yothalia('status', 'ct-fail')
     assert 'no row fits into 16 tokens' in shown and 'failed' in shown and 'a step before it failed' in shown, shown
 
@@ -107,9 +105,9 @@ def test_two_submissions_of_one_run(slurm):
     assert output('ct-twice').count('done before') == 1 and weights('ct-twice')
 
 
-def test_time_limit_and_a_dead_node_end_with_the_same_adapter(slurm):
-    "Unbroken; stopped by the time limit, saved, queued again; killed with its node."
-    submit(slurm, 'ct-whole', *LONG); submit(slurm, 'ct-limit', *LONG)
+def test_a_time_limit_ends_with_the_same_adapter(slurm):
+    "Stopped before its time was over, saved, queued again: to the last bit the adapter of the unbroken run."
+    submit(slurm, 'ct-limit', *LONG)
     job = wait(lambda: ids('ct-limit').get('02_lora'), 10)
     subprocess.run(['scontrol', 'update', f'JobId={job}', 'TimeLimit=2'], check=True)
     wait(all_done('ct-whole', 'ct-limit'), 500)
@@ -117,17 +115,21 @@ def test_time_limit_and_a_dead_node_end_with_the_same_adapter(slurm):
     one, two = weights('ct-whole'), weights('ct-limit')
     assert all((one[k] == two[k]).all() for k in one)
 
-    submit(slurm, 'ct-node', *LONG, '--nodes', '1')
+def test_a_dead_node_ends_with_the_same_adapter(slurm):
+    "Everything on the node is killed; the job goes on elsewhere, from its last checkpoint."
+    wait(all_done('ct-whole'), 300)
+    submit(slurm, 'ct-node', *LONG)
     job = ids('ct-node')['02_lora']
     wait(lambda: list((RUN/'ct-node/checkpoints').glob('*/*/seal.json')), 150)
     node = scontrol(job)[0]['BatchHost']
     pids = [p for p in os.listdir('/proc') if p.isdigit() and f'SLURM_JOB_ID={job}' in _environ(p)]
     subprocess.run(['pkill', '-9', '-f', f'slurmd -N {node}'])
+    subprocess.run(['pkill', '-9', '-f', rf'slurmstepd: \[{job}\.'])  # or it would tell of the death
     for p in pids: subprocess.run(['kill', '-9', p])
     wait(all_done('ct-node'), 300)
     assert scontrol(job)[0]['BatchHost'] != node and int(scontrol(job)[0]['Restarts']) >= 1
-    three = weights('ct-node')
-    assert all((one[k] == three[k]).all() for k in one)
+    one, two = weights('ct-whole'), weights('ct-node')
+    assert all((one[k] == two[k]).all() for k in one)
     subprocess.run(['slurmd', '-N', node], check=True)
     wait(lambda: subprocess.run(['sinfo', '-h', '-t', 'idle', '-o', '%D'], capture_output=True, text=True).stdout.strip() == '2', 60)
 

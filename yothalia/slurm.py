@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SITE', 'TOGETHER', 'BODY', 'REQUEUE', 'Site', 'find_site', 'clock', 'batch_head', 'batch_file', 'grid_points',
-           'keep_plan', 'read_plan', 'interrupt_kernels', 'step', 'train_together', 'sbatch', 'fetched_data',
+           'keep_plan', 'read_plan', 'stopped', 'interrupt_kernels', 'step', 'train_together', 'sbatch', 'fetched_data',
            'needs_network', 'register', 'submit_run', 'submit_grid', 'submit', 'planned_runs', 'job_states', 'tasks_of',
            'last_lines', 'loss_or_score', 'step_state', 'states_of', 'status', 'collected', 'plot_collected', 'collect',
            'fetch_model', 'fetch', 'site']
@@ -88,16 +88,20 @@ def batch_head(job:str, step:str, # names
     "The `#SBATCH` lines of a step."
     own = site.model_copy(update=site.steps.get(step, {}))
     gpus, nodes = (own.gpus, own.nodes) if step in ('02_lora', 'all') else (min(own.gpus, 1), 1)
-    out = [f'--job-name={job}:{step}', f'--chdir={project_root()}', f'--output=_runs/{job}/slurm/{step}-%{"A_%a" if array else "j"}.out',
-           '--open-mode=append', f'--time={clock(own.time)}', f'--nodes={nodes}', '--ntasks-per-node=1', f'--cpus-per-task={own.cpus}']
+    out = [f'--job-name={job}:{step}', f'--chdir={project_root()}', 
+           f'--output=_runs/{job}/slurm/{step}-%{"A_%a" if array else "j"}.out',
+           '--open-mode=append', f'--time={clock(own.time)}', f'--nodes={nodes}',
+           '--ntasks-per-node=1', f'--cpus-per-task={own.cpus}']
     out += [f'--{k}={v}' for k in ('partition', 'account', 'qos') if (v := getattr(own, k))]
     out += [f'--mem={own.memory}'] * bool(own.memory) + [own.gpu_option.format(gpus=gpus)] * bool(gpus)
-    return ['#SBATCH '+o for o in out + ['--requeue', '--kill-on-invalid-dep=yes', f'--signal=B:USR1@{own.warn}', *own.options]]
+    return ['#SBATCH '+o for o in out + [
+        '--requeue', '--kill-on-invalid-dep=yes', f'--signal=B:USR1@{own.warn}', *own.options]]
 
 # %% ../nbs/06b_slurm.ipynb #b6000014
 TOGETHER = '''# train together, {gpus} processes on each of {nodes} nodes
 export MASTER_ADDR=$(hostname) MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
-srun --ntasks-per-node=1 bash -c '{run}torchrun --nnodes=$SLURM_NNODES --node-rank=$SLURM_NODEID --nproc-per-node={gpus} \\
+srun --ntasks-per-node=1 bash -c '{run}torchrun \\
+  --nnodes=$SLURM_NNODES --node-rank=$SLURM_NODEID --nproc-per-node={gpus} \\
   --master-addr=$MASTER_ADDR --master-port=$MASTER_PORT -m yothalia.slurm "$0"' "$folder" &
 await || exit $code
 '''
@@ -122,37 +126,52 @@ def batch_file(job:str, step:str, site:Site, points:list[str]=()) -> str: # step
     own = site.model_copy(update=site.steps.get(step, {}))
     run = f'apptainer exec {"--nv "*bool(own.gpus)}--bind "$PWD" {site.container} ' if site.container else ''
     several = step == '02_lora' and max(own.gpus, 1)*own.nodes > 1
-    folder = f'folder=$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" _runs/{job}/slurm/points.txt)' if points else f'folder=_runs/{job}'
-    told = dict(setup='\n'.join(site.setup) if not run else '# the environment is in the container', folder=folder, run=run, warn=own.warn,
+    line = f'$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" _runs/{job}/slurm/points.txt)'
+    told = dict(setup='\n'.join(site.setup) if not run else '# the environment is in the container',
+                folder=f'folder={line}' if points else f'folder=_runs/{job}', run=run, warn=own.warn,
                 step='' if step == 'all' else f' {step}',
                 together=TOGETHER.format(gpus=max(own.gpus, 1), nodes=own.nodes, run=run)*several)
     by_hand = f'--array=0-{len(points)-1} '*bool(points)
-    head = [f'#!/bin/bash', f'# {step} of {job}, as `yothalia submit` wrote it; by hand: sbatch {by_hand}_runs/{job}/slurm/{step}.sh']
-    return '\n'.join([*head, *batch_head(job, step, site, bool(points))]) + '\n' + BODY.format(**told)
+    head = f'# {step} of {job}, as `yothalia submit` wrote it; by hand: sbatch {by_hand}_runs/{job}/slurm/{step}.sh'
+    return '\n'.join(['#!/bin/bash', head, *batch_head(job, step, site, bool(points))]) + '\n' + BODY.format(**told)
 
 # %% ../nbs/06b_slurm.ipynb #b600001a
 def grid_points(grid:dict # name → list of values; a name may be bound to a step
                ) -> dict[str,list[str]]: # folder name → `name=value` as for -p
     "Every combination of a grid's values."
     wrong = [k for k, v in grid.items() if not isinstance(v, list) or not v]
-    if wrong or not grid: raise RunError(f'The grid needs a list of values for each name, as in "02_lora.rank: [8, 16]"; {", ".join(wrong) or "it"} has none.')
+    if wrong or not grid:
+        raise RunError('The grid needs a list of values for each name, as in "02_lora.rank: [8, 16]"; '
+                       f'{", ".join(wrong) or "it"} has none.')
+    short = lambda v: Path(str(v)).stem if '/' in str(v) else v
+    told = lambda v: json.dumps(v) if isinstance(v, (list, dict, bool)) else v
     out = {}
     for values in itertools.product(*grid.values()):
-        short = ','.join(f"{k.rpartition('.')[2]}={Path(str(v)).stem if '/' in str(v) else v}" for k, v in zip(grid, values))
-        out[re.sub(r'[^\w=,.+-]+', '-', short)] = [f'{k}={json.dumps(v) if isinstance(v, (list, dict, bool)) else v}' for k, v in zip(grid, values)]
+        name = ','.join(f"{k.rpartition('.')[2]}={short(v)}" for k, v in zip(grid, values))
+        out[re.sub(r'[^\w=,.+-]+', '-', name)] = [f'{k}={told(v)}' for k, v in zip(grid, values)]
     return out
 
 # %% ../nbs/06b_slurm.ipynb #b600001e
 def keep_plan(planned:dict[str,dict], folder:Path):
     "Write the parameter files of a run."
     for step, params in planned.items():
-        with atomic(folder/'slurm'/f'{step}.yml') as f: f.write_text(yaml.safe_dump(params, sort_keys=False, allow_unicode=True), encoding='utf-8')
+        with atomic(folder/'slurm'/f'{step}.yml') as f:
+            f.write_text(yaml.safe_dump(params, sort_keys=False, allow_unicode=True), encoding='utf-8')
 
 def read_plan(folder:Path) -> dict[str,dict]: # step → parameters
     "The parameter files of a run, in the order of the steps."
     files = {p.stem: p for p in (folder/'slurm').glob('*.yml')}
-    if not files: raise RunError(f'{tidy(folder)} has no parameter files: submit it first (`yothalia submit --name {folder.name}`).')
+    if not files:
+        raise RunError(f'{tidy(folder)} has no parameter files: submit it first '
+                       f'(`yothalia submit --name {folder.name}`).')
     return {s: yaml.safe_load(files[s].read_text(encoding='utf-8')) or {} for s in known_steps(list(files))}
+
+# %% ../nbs/06b_slurm.ipynb #b6000042
+def stopped(console:Console, e:Exception):
+    "Say in one sentence why a command cannot go on, and end it."
+    console.print('[bold red]Stopped:[/] ', end='')
+    console.print(str(e), markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(1)
 
 # %% ../nbs/06b_slurm.ipynb #b6000022
 REQUEUE = 85  # the exit code of a step that has saved and wants to go on later
@@ -175,7 +194,7 @@ def step(folder: Annotated[Path, typer.Argument(help='the folder of a submitted 
         if stop_asked(): raise Interrupted('asked to stop before it began')
         run_all(read_plan(folder), folder, console, only=steps or ())
     except Interrupted as e: console.print(f'Saved: {e}', markup=False); raise typer.Exit(REQUEUE)
-    except (RunError, ModelError, ValueError) as e: console.print(f'Stopped: {e}', markup=False, soft_wrap=True); raise typer.Exit(1)
+    except (RunError, ModelError, ValueError) as e: stopped(console, e)
 
 # %% ../nbs/06b_slurm.ipynb #b6000024
 def train_together(folder:Path):
@@ -198,10 +217,14 @@ def sbatch(file:Path, # a batch file
            after:str='', # the job that must end well before
            array:str='') -> str: # the job's id
     "Submit a batch file; a `RunError` with what sbatch says."
-    if not shutil.which('sbatch'): raise RunError('There is no sbatch on this machine: submit on a login node of the cluster, or look at the files with --dry-run.')
+    if not shutil.which('sbatch'):
+        raise RunError('There is no sbatch on this machine: submit on a login node of the cluster, '
+                       'or look at the files with --dry-run.')
     more = [f'--dependency=afterok:{after}'] * bool(after) + [f'--array={array}'] * bool(array)
-    got = subprocess.run(['sbatch', '--parsable', *more, tidy(file)], capture_output=True, text=True, cwd=project_root())
-    if got.returncode: raise RunError(f'sbatch refused {tidy(file)}: {got.stderr.strip().removeprefix("sbatch: error: ")}')
+    command = ['sbatch', '--parsable', *more, tidy(file)]
+    got = subprocess.run(command, capture_output=True, text=True, cwd=project_root())
+    said = got.stderr.strip().removeprefix('sbatch: error: ')
+    if got.returncode: raise RunError(f'sbatch refused {tidy(file)}: {said}')
     return got.stdout.strip().split(';')[0]
 
 def fetched_data(data:str) -> bool:
@@ -225,7 +248,8 @@ def register(folder:Path, ids:dict[str,str]): # step → job id
     file = folder/'slurm'/'jobs.json'
     with FileLock(str(file)+'.lock'):
         known = json.loads(file.read_text()) if file.exists() else {}
-        with atomic(file) as f: f.write_text(json.dumps({s: known.get(s, []) + [ids[s]] * (s in ids) for s in known | ids}, indent=1))
+        known = {s: known.get(s, []) + [ids[s]] * (s in ids) for s in known | ids}
+        with atomic(file) as f: f.write_text(json.dumps(known, indent=1))
 
 def submit_run(job:str, planned:dict[str,dict], site:Site, console:Console, dry:bool=False):
     "Write the files of a run and hand its unfinished steps to sbatch, each after the one before."
@@ -253,7 +277,8 @@ def submit_grid(job:str, made:dict[str,dict], # folder name → step → paramet
     for i, (point, planned) in enumerate(made.items()):
         keep_plan(planned, top/point)
         keys = step_keys(planned, top/point)
-        if all(is_done(top/point, s, keys[s]) for s in planned): console.print(f'{point}  done before, skipped', highlight=False)
+        if all(is_done(top/point, s, keys[s]) for s in planned):
+            console.print(f'{point}  done before, skipped', highlight=False)
         else: open_.append(i)
     (top/'slurm').mkdir(parents=True, exist_ok=True)
     (top/'slurm'/'points.txt').write_text(''.join(f'_runs/{job}/{p}\n' for p in made), encoding='utf-8')
@@ -268,42 +293,47 @@ def submit_grid(job:str, made:dict[str,dict], # folder name → step → paramet
 # %% ../nbs/06b_slurm.ipynb #b600002b
 @app.command()
 def submit(recipe: Annotated[Path, typer.Argument(help='YAML file with parameters')] = Path('runs/sample.yml'),
-           parameter: Annotated[list[str], typer.Option('-p', help='name=value or step.name=value; overrides the file')] = [],
+           parameter: Annotated[list[str], typer.Option('-p', help='name=value or step.name=value')] = [],
            name: Annotated[str, typer.Option(help='the run is kept in _runs/NAME')] = 'default',
            steps: Annotated[list[str], typer.Option(help='only these steps, e.g. 01_data,04_benchmark')] = [],
-           grid: Annotated[Path, typer.Option(help='YAML file with lists of values: one run for each combination')] = None,
+           grid: Annotated[Path, typer.Option(help='YAML file with lists: a run for each combination')] = None,
            gpus: Annotated[int, typer.Option(help='per node')] = None, nodes: Annotated[int, typer.Option()] = None,
            limit: Annotated[str, typer.Option('--time', help='of a step, such as 04:00:00')] = None,
            partition: Annotated[str, typer.Option()] = None, account: Annotated[str, typer.Option()] = None,
            container: Annotated[str, typer.Option(help='an image of apptainer')] = None,
            site: Annotated[str, typer.Option(help='the file of the cluster\'s settings')] = '',
-           dry_run: Annotated[bool, typer.Option('--dry-run', help='write and print the batch files, submit nothing')] = False):
+           dry_run: Annotated[bool, typer.Option('--dry-run', help='write the files and print them')] = False):
     "Hand a run, or a grid of runs, to Slurm."
     console = Console(force_jupyter=False)
     try:
-        here = find_site(site, gpus=gpus, nodes=nodes, time=limit, partition=partition, account=account, container=container)
+        here = find_site(site, gpus=gpus, nodes=nodes, time=limit, partition=partition, account=account,
+                         container=container)
         made = planned_runs(recipe, parameter, name, steps, grid)
         for planned in made.values(): look_first(planned); check_values(planned)
         lacking = sorted({m for p in made.values() for m in needs_network(p)}) if not here.network else []
-        if lacking: raise RunError(f'The compute nodes have no network, and {", ".join(lacking)} would be fetched: run `yothalia fetch {recipe}` here first.')
+        if lacking:
+            raise RunError(f'The compute nodes have no network, and {", ".join(lacking)} would be fetched: '
+                           f'run `yothalia fetch {recipe}` here first.')
         if grid: submit_grid(name, made, here, console, dry_run)
         else: submit_run(name, made[''], here, console, dry_run)
         if not dry_run: console.print(f'Follow it with `yothalia status {name}`.', highlight=False)
-    except (RunError, ModelError, ValueError) as e:
-        console.print('[bold red]Stopped:[/] ', end=''); console.print(str(e), markup=False, highlight=False, soft_wrap=True); raise typer.Exit(1)
+    except (RunError, ModelError, ValueError) as e: stopped(console, e)
 
 # %% ../nbs/06b_slurm.ipynb #b600002c
-def planned_runs(recipe:Path, given:list[str], name:str, steps:list[str], grid:Path|None) -> dict[str,dict]: # point, or '' → step → parameters
+def planned_runs(recipe:Path, given:list[str], name:str, steps:list[str], grid:Path|None
+                ) -> dict[str,dict]: # point, or '' → step → parameters
     "What each run of a submission will be told."
     def read(p):
         if not rooted(p).is_file(): raise RunError(f'There is no file {p}.')
         return yaml.safe_load(rooted(p).read_text(encoding='utf-8')) or {}
     some = [s.strip() for o in steps for s in o.split(',')]
     points = grid_points(read(grid)) if grid else {'': []}
-    made = {p: plan(read(recipe), [*given, *more, f'out=_runs/{name}/{p}'.rstrip('/')], some) for p, more in points.items()}
+    out = lambda p: f'out=_runs/{name}/{p}'.rstrip('/')
+    made = {p: plan(read(recipe), [*given, *more, out(p)], some) for p, more in points.items()}
     for p, planned in made.items():
         if '01_data' not in planned and not (rooted('_runs')/name/p/'data'/'test.jsonl').exists():
-            raise RunError(f'_runs/{name} has no rows yet: let the step 01_data run first, e.g. --steps {",".join(["01_data", *planned])}')
+            raise RunError(f'_runs/{name} has no rows yet: let the step 01_data run first, '
+                           f'e.g. --steps {",".join(["01_data", *planned])}')
     return made
 
 # %% ../nbs/06b_slurm.ipynb #b6000031
@@ -329,11 +359,14 @@ def loss_or_score(folder:Path, step:str) -> str:
     if step == '02_lora':
         states = sorted(folder.glob('checkpoints/*/checkpoint-*/trainer_state.json'), key=lambda p: p.stat().st_mtime)
         logs = json.loads(states[-1].read_text())['log_history'] if states else []
-        return next((f"held-out loss {l['eval_loss']:.3f} at step {l['step']}" for l in reversed(logs) if 'eval_loss' in l), '')
-    if step == '04_benchmark':
-        some = [r for r in load_records(folder/'records', step='benchmark', mode='cloze') if r['what']['condition'] in ('prompt', 'both')]
-        return ', '.join(f"{r['what']['track']} {r['what']['condition']} {next(m for k, m in r['metrics'].items() if k.startswith('accuracy'))['value']:.2f}" for r in some[:2])
-    return ''
+        seen = [l for l in logs if 'eval_loss' in l]
+        return f"held-out loss {seen[-1]['eval_loss']:.3f} at step {seen[-1]['step']}" if seen else ''
+    if step != '04_benchmark': return ''
+    some = [r for r in load_records(folder/'records', step='benchmark', mode='cloze')
+            if r['what']['condition'] in ('prompt', 'both')]
+    score = lambda r: r['metrics'][f"accuracy {r['what']['headline']}"]['value']
+    def said(r): return f"{r['what']['track']} {r['what']['condition']} {score(r):.2f}"
+    return ', '.join(map(said, some[:2]))
 
 # %% ../nbs/06b_slurm.ipynb #b6000032
 def step_state(folder:Path, step:str, key:str, job:dict|None, # as Slurm tells it
@@ -341,15 +374,21 @@ def step_state(folder:Path, step:str, key:str, job:dict|None, # as Slurm tells i
               ) -> dict: # state, far, note, end
     "The state of a step of a run."
     told = folder/f'.{step}.progress'
-    outs = sorted([*folder.glob(f'slurm/{step}-*.out'), *folder.parent.glob(f'slurm/all-*_{task}.out')], key=lambda p: p.stat().st_mtime)
-    if is_done(folder, step, key): return dict(state='done', far=f"{json.loads(done_mark(folder, step).read_text())['seconds']:.0f} s", note=loss_or_score(folder, step))
+    outs = [*folder.glob(f'slurm/{step}-*.out'), *folder.parent.glob(f'slurm/all-*_{task}.out')]
+    outs.sort(key=lambda p: p.stat().st_mtime)
+    if is_done(folder, step, key):
+        took = json.loads(done_mark(folder, step).read_text())['seconds']
+        return dict(state='done', far=f'{took:.0f} s', note=loss_or_score(folder, step))
     state = job['JobState'].lower() if job else 'not running' if outs else 'not begun'
     restarted = f"restarted {job['Restarts']} times" if job and job.get('Restarts', '0') != '0' else ''
     why = (job or {}).get('Reason', '').replace('None', '')
-    if state == 'completed': return dict(state='not done', far='', note='it ended well, with other code or parameters')
     note = lambda *some: '; '.join(filter(None, [*some, restarted]))
-    if state == 'running': return dict(state=state, far=told.read_text() if told.exists() else job['RunTime'], note=note(loss_or_score(folder, step)))
-    if state == 'cancelled' and not outs: return dict(state=state, far='', note='a step before it failed' if 'epend' in why else why)
+    if state == 'completed': return dict(state='not done', far='', note='it ended well, with other code or parameters')
+    if state == 'running':
+        far = told.read_text() if told.exists() else job['RunTime']
+        return dict(state=state, far=far, note=note(loss_or_score(folder, step)))
+    if state == 'cancelled' and not outs:
+        return dict(state=state, far='', note='a step before it failed' if 'epend' in why else why)
     if state in ('pending', 'waiting', 'not begun'): return dict(state=state, far='', note=note(why))
     return dict(state=state, far='', note=note(why), end=last_lines(outs[-1] if outs else None))
 
@@ -357,7 +396,8 @@ def states_of(folder:Path) -> dict[tuple,dict]: # (point, step) → state
     "The states of all steps of a run, or of all runs of a grid."
     file = folder/'slurm'/'jobs.json'
     jobs = {s: job_states(ids[-1]) for s, ids in (json.loads(file.read_text()) if file.exists() else {}).items()}
-    points = (folder/'slurm'/'points.txt').read_text().splitlines() if (folder/'slurm'/'points.txt').exists() else [tidy(folder)]
+    listed = folder/'slurm'/'points.txt'
+    points = listed.read_text().splitlines() if listed.exists() else [tidy(folder)]
     out = {}
     for i, p in enumerate(points):
         planned = read_plan(rooted(p)); keys = step_keys(planned, rooted(p))
@@ -372,8 +412,10 @@ def states_of(folder:Path) -> dict[tuple,dict]: # (point, step) → state
 def status(name: Annotated[str, typer.Argument(help='a run in _runs; all submitted ones if left out')] = ''):
     "Show how far submitted runs are, and for a failure the last lines."
     console = Console(force_jupyter=False)
-    folders = [rooted('_runs')/name] if name else sorted(p.parent.parent for p in rooted('_runs').glob('*/slurm/jobs.json'))
-    if name and not (folders[0]/'slurm').is_dir(): console.print(f'_runs/{name} was not submitted: `yothalia submit --name {name}`.'); raise typer.Exit(1)
+    found = [rooted('_runs')/name/'slurm'/'jobs.json'] if name else sorted(rooted('_runs').glob('*/slurm/jobs.json'))
+    folders = [p.parent.parent for p in found]
+    if name and not (folders[0]/'slurm').is_dir():
+        stopped(console, RunError(f'_runs/{name} was not submitted: `yothalia submit --name {name}`.'))
     for f in folders:
         t, ends = Table(title=f.name, title_justify='left', show_edge=False), {}
         for c in ('run', 'step', 'state', 'so far', ''): t.add_column(c)
@@ -381,7 +423,9 @@ def status(name: Annotated[str, typer.Argument(help='a run in _runs; all submitt
             t.add_row(point if point != f.name else '', s, o['state'], o['far'], o['note'])
             if o.get('end'): ends[f'{point} {s}'] = o['end']
         console.print(t)
-        for where, end in ends.items(): console.print(f'\n{where}:', style='bold'); console.print('  ' + end.replace('\n', '\n  '), markup=False, highlight=False, soft_wrap=True)
+        for where, end in ends.items():
+            console.print(f'\n{where}:', style='bold')
+            console.print('  ' + end.replace('\n', '\n  '), markup=False, highlight=False, soft_wrap=True)
         console.print()
 
 # %% ../nbs/06b_slurm.ipynb #b6000035
@@ -392,8 +436,10 @@ def collected(folder:Path): # a table
     for r in load_records(folder):
         m, w, p = r['metrics'], r['what'], r['path'].parent
         line = lines.setdefault((p.parent if p.name == 'records' else p).name, {})
-        if w['step'] == 'lora': line |= {f'loss {c}': v for c in ('base', 'prompt', 'lora', 'both') if (v := m.get(f'held-out loss {c}'))}
-        if w['step'] == 'benchmark' and w['mode'] == 'cloze': line[f"{w['track']} {w['condition']}"] = m[f"accuracy {w['headline']}"]
+        if w['step'] == 'lora':
+            line |= {k.removeprefix('held-out '): v for k, v in m.items() if k.startswith('held-out loss')}
+        if w['step'] == 'benchmark' and w['mode'] == 'cloze':
+            line[f"{w['track']} {w['condition']}"] = m[f"accuracy {w['headline']}"]
         if w['step'] == 'quantization': line[f"loss {w['precision']}"] = m['held-out loss']
     lines = {k: v for k, v in lines.items() if v}
     return pd.DataFrame.from_dict(lines, orient='index')
@@ -403,7 +449,8 @@ def plot_collected(table, keys:list[str]=()): # columns; else the first four tha
     import matplotlib.pyplot as plt
     some = [c for c in keys or table if table[c].notna().sum()]
     shown = (list(keys) or [c for c in some if len({m['value'] for m in table[c].dropna()}) > 1] or some)[:4]
-    fig, axs = plt.subplots(1, max(len(shown), 1), figsize=(3.2*len(shown)+2, .34*len(table)+1.3), layout='constrained', sharey=True, squeeze=False)
+    size = (3.2*len(shown)+2, .34*len(table)+1.3)
+    fig, axs = plt.subplots(1, max(len(shown), 1), figsize=size, layout='constrained', sharey=True, squeeze=False)
     for ax, c in zip(axs[0], shown):
         for y, m in enumerate(table[c]):
             if not isinstance(m, dict): continue
@@ -435,7 +482,9 @@ def fetch_model(name:str):
     if Path(place).is_dir(): return
     from huggingface_hub import snapshot_download
     try: snapshot_download(place, allow_patterns=['*.json', '*.safetensors', '*.model', '*.txt', '*.jinja'])
-    except Exception as e: raise ModelError(f'The model {place} could not be fetched ({type(e).__name__}): is the hub reachable, is the name right, does it need HF_TOKEN?') from e
+    except Exception as e:
+        raise ModelError(f'The model {place} could not be fetched ({type(e).__name__}): '
+                         'is the hub reachable, is the name right, does it need HF_TOKEN?') from e
 
 # %% ../nbs/06b_slurm.ipynb #b600003a
 @app.command()
@@ -445,13 +494,14 @@ def fetch(recipe: Annotated[Path, typer.Argument(help='YAML file with parameters
     console = Console(force_jupyter=False)
     try:
         planned = planned_runs(recipe, parameter, 'fetched', [], None)['']
-        for m in sorted({str(p['model']) for p in planned.values() if 'model' in p} | {EMBEDDED}): fetch_model(m); console.print(f'model {m}  there', highlight=False)
+        for m in sorted({str(p['model']) for p in planned.values() if 'model' in p} | {EMBEDDED}):
+            fetch_model(m)
+            console.print(f'model {m}  there', highlight=False)
         data = str(planned.get('01_data', {}).get('data', 'sample'))
         if data != 'sample' and not rooted(data).exists():
             from yothalia.data import read_source
             read_source(data); console.print(f'data {data}  there', highlight=False)
-    except (RunError, ModelError, ValueError) as e:
-        console.print('[bold red]Stopped:[/] ', end=''); console.print(str(e), markup=False, highlight=False, soft_wrap=True); raise typer.Exit(1)
+    except (RunError, ModelError, ValueError) as e: stopped(console, e)
 
 @app.command()
 def site():
