@@ -119,7 +119,7 @@ def test_run_all_in_jupyterlab(browser, lab, name):
     page.click('text="Run"'); page.click('text="Run All Cells"')
     page.wait_for_function('document.querySelector("#jp-main-statusbar").innerText.includes("| Busy")', timeout=30_000)
     quiet = 0  # between two cells the kernel is idle for a moment
-    while quiet < 6 and time.time() - start < 240:
+    while quiet < 6 and time.time() - start < 420:
         page.wait_for_timeout(500)
         still = page.evaluate('document.querySelector("#jp-main-statusbar").innerText.includes("| Idle") && !document.body.innerText.includes("[*]:")')
         quiet = quiet + 1 if still else 0

@@ -66,7 +66,7 @@ def output(name, step='02_lora'): return '\n'.join(p.read_text() for p in sorted
 def test_the_road(slurm):
     "Five steps, each after the one before; papermill and the default model in every one."
     assert len(re.findall(r'job \d+, after \d+', (slurm/'ct-road.said').read_text())) == 4
-    wait(lambda: ended(ids('ct-road')['05_profiling']), 500)
+    wait(lambda: ended(ids('ct-road')['05_profiling']), 700)
     shown = yothalia('status', 'ct-road')
     assert shown.count('done') == 5 and 'held-out loss' in shown, shown + output('ct-road')
     assert 'done before' in submit(slurm, 'ct-road')  # and nothing is queued
@@ -82,7 +82,7 @@ def test_a_grid_is_one_array_and_finished_points_are_skipped(slurm):
     said = submit(slurm, 'ct-grid', *grid)
     assert '5 of 6 runs' in said and 'array 1,2,3,4,5' in said and 'rank=4,train_rows=4  done before' in said
     before = (first/'done/02_lora.json').read_text()
-    wait(lambda: ended(ids('ct-grid')['all']), 400)
+    wait(lambda: ended(ids('ct-grid')['all']), 600)
     shown = yothalia('status', 'ct-grid')
     assert shown.count('done') == 12, shown
     assert (first/'done/02_lora.json').read_text() == before
@@ -100,7 +100,7 @@ def test_two_submissions_of_one_run(slurm):
     "Both jobs run at once; one works, the other waits and finds it done."
     submit(slurm, 'ct-twice'); submit(slurm, 'ct-twice')
     jobs = json.loads((RUN/'ct-twice/slurm/jobs.json').read_text())['02_lora']
-    wait(lambda: all(map(ended, jobs)), 200)
+    wait(lambda: all(map(ended, jobs)), 400)
     assert [scontrol(j)[0]['JobState'] for j in jobs] == ['COMPLETED']*2
     assert output('ct-twice').count('done before') == 1 and weights('ct-twice')
 
@@ -110,23 +110,23 @@ def test_a_time_limit_ends_with_the_same_adapter(slurm):
     submit(slurm, 'ct-limit', *LONG)
     job = wait(lambda: ids('ct-limit').get('02_lora'), 10)
     subprocess.run(['scontrol', 'update', f'JobId={job}', 'TimeLimit=2'], check=True)
-    wait(all_done('ct-whole', 'ct-limit'), 500)
+    wait(all_done('ct-whole', 'ct-limit'), 700)
     assert int(scontrol(job)[0]['Restarts']) >= 1 and 'Saved: 02_lora' in output('ct-limit'), output('ct-limit')
     one, two = weights('ct-whole'), weights('ct-limit')
     assert all((one[k] == two[k]).all() for k in one)
 
 def test_a_dead_node_ends_with_the_same_adapter(slurm):
     "Everything on the node is killed; the job goes on elsewhere, from its last checkpoint."
-    wait(all_done('ct-whole'), 300)
+    wait(all_done('ct-whole'), 500)
     submit(slurm, 'ct-node', *LONG)
     job = ids('ct-node')['02_lora']
-    wait(lambda: list((RUN/'ct-node/checkpoints').glob('*/*/seal.json')), 150)
+    wait(lambda: list((RUN/'ct-node/checkpoints').glob('*/*/seal.json')), 300)
     node = scontrol(job)[0]['BatchHost']
     pids = [p for p in os.listdir('/proc') if p.isdigit() and f'SLURM_JOB_ID={job}' in _environ(p)]
     subprocess.run(['pkill', '-9', '-f', f'slurmd -N {node}'])
     subprocess.run(['pkill', '-9', '-f', rf'slurmstepd: \[{job}\.'])  # or it would tell of the death
     for p in pids: subprocess.run(['kill', '-9', p])
-    wait(all_done('ct-node'), 300)
+    wait(all_done('ct-node'), 500)
     assert scontrol(job)[0]['BatchHost'] != node and int(scontrol(job)[0]['Restarts']) >= 1
     one, two = weights('ct-whole'), weights('ct-node')
     assert all((one[k] == two[k]).all() for k in one)
@@ -143,7 +143,7 @@ def test_training_on_two_nodes(slurm):
     "torchrun on both nodes, one process each: up to rounding the same adapter as one process makes."
     told = ['-p', '02_lora.train_rows=8', '-p', '02_lora.batch=4', '-p', '02_lora.micro_batch=2', '-p', '02_lora.precision=fp32', '-p', '02_lora.learning_rate=1e-3', '-p', '02_lora.persona_share=0.0']
     submit(slurm, 'ct-one', *told); submit(slurm, 'ct-two', *told, '--nodes', '2')
-    wait(all_done('ct-one', 'ct-two'), 300)
+    wait(all_done('ct-one', 'ct-two'), 500)
     one, two = weights('ct-one'), weights('ct-two')
     far = sum(float((one[k]-two[k]).norm())**2 for k in one)**.5 / sum(float(v.norm())**2 for k, v in one.items() if 'lora_B' in k)**.5
     assert far < .05, far
