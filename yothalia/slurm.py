@@ -392,6 +392,7 @@ def step_state(folder:Path, step:str, key:str, job:dict|None, # as Slurm tells i
     if state in ('pending', 'waiting', 'not begun'): return dict(state=state, far='', note=note(why))
     return dict(state=state, far='', note=note(why), end=last_lines(outs[-1] if outs else None))
 
+# %% ../nbs/06b_slurm.ipynb #b6000043
 def states_of(folder:Path) -> dict[tuple,dict]: # (point, step) → state
     "The states of all steps of a run, or of all runs of a grid."
     file = folder/'slurm'/'jobs.json'
