@@ -49,5 +49,5 @@ stop)
   SLURM_CONF=$conf scancel -u root 2>/dev/null || true; sleep 1
   SLURM_CONF=$conf timeout 20 scontrol shutdown 2>/dev/null || true; sleep 1
   pkill -f "slurmd -N n[12]" || true; pkill -x slurmctld || true; pkill -x munged || true
-  for i in $(seq 20); do pgrep 'munged|slurmd$|slurmctl' >/dev/null || break; sleep .5; done;;
+  for i in $(seq 20); do { pgrep munged || pgrep slurmd || pgrep slurmctld; } >/dev/null || break; sleep .5; done;;
 esac
