@@ -19,7 +19,8 @@ EARLY = [('ct-road', [], ['01_data', '02_lora', '03_quantization', '04_benchmark
 def slurm(tmp_path_factory):
     "Two nodes, and a site file for them; every job of an earlier test run is gone."
     box = tmp_path_factory.mktemp('slurm')
-    subprocess.run(['bash', str(ROOT/'tests/slurm_here.sh'), 'start', str(box)], check=True, timeout=90)
+    up = subprocess.run(['bash', str(ROOT/'tests/slurm_here.sh'), 'start', str(box)], stderr=(box/'start.err').open('w'), timeout=90)
+    if up.returncode: pytest.skip(f'no Slurm can be started on this machine: {(box/"start.err").read_text()[-500:]}')
     (box/'tiny.yml').write_text('seed: 0\n')
     site = dict(cpus=2, gpus=0, warn=10, time='00:15:00', setup=[f'source {BIN}/activate', 'export OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore'])
     (box/'site.yml').write_text(yaml.safe_dump(site))
