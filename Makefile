@@ -24,7 +24,7 @@ else
 endif
 
 test-cluster: setup   ## a real Slurm of two nodes on this machine; needs root, and apt: slurmctld slurmd slurm-client munge
-	YOTHALIA_TEST_CLUSTER=1 timeout 1260 $(BIN)/python -m pytest -q --durations 12 tests/test_cluster.py
+	YOTHALIA_TEST_CLUSTER=1 timeout 1500 $(BIN)/python -m pytest -q --durations 12 tests/test_cluster.py
 
 test-browser: setup   ## the site and JupyterLab in a real Chromium; needs apt: chromium
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt playwright
