@@ -303,6 +303,7 @@ def _heard_line(records:list[dict]) -> list[str]:
     whose = [f"Whose does it sound like? Probability of the own character by words, names masked: {said}."] if said else []
     return whose + ([f"Does it stop? So many of its replies end by themselves: {ends}."] if stops else [])
 
+# %% ../nbs/06_cluster.ipynb #cc27a0f1
 def _rows_line(records:list[dict]) -> list[str]:
     "What more training rows brought."
     if len(records) < 2: return []
