@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 os.environ |= dict(MPLBACKEND='agg', YOTHALIA_PROGRESS='off')
-from yothalia.cluster import STEPS, findings, look_first, plan, room
+from yothalia.cluster import STEPS, findings, look_first, plan, room, without_lessons
 from yothalia.core import *
 from yothalia.data import label_rows, sample_rows
 from yothalia.rows import DataError
@@ -17,19 +17,16 @@ MORE = {'alpaca': ['merged=true', 'batch=1', 'evals=3'], 'transcript': ['precisi
 
 
 def the_run(step, params):
-    "Execute a notebook's run in this process, without its lessons: imports, parameters, configuration, and all from 'The run' to the next part."
-    cells = json.loads((ROOT/'nbs'/f'{step}.ipynb').read_text())['cells']
-    module, on = importlib.import_module(f'yothalia.{room(step)}'), False
+    "Execute a notebook's run in this process, with the module's own definitions instead of the exported cells."
+    cells = without_lessons(json.loads((ROOT/'nbs'/f'{step}.ipynb').read_text()))['cells']
+    module = importlib.import_module(f'yothalia.{room(step)}')
     space = {k: v for k, v in vars(module).items() if callable(v) or inspect.ismodule(v) or not k.islower()} | {'__name__': '__main__'}
     for c in cells:
-        text = ''.join(c['source'])
-        if c['cell_type'] == 'markdown':
-            if text.startswith('## '): on = text.startswith('## The run')
-            continue
+        text, tags = ''.join(c['source']), c['metadata'].get('tags', [])
         body = '\n'.join(l for l in text.splitlines() if not l.startswith('#|'))
-        imports = body.strip() and all(l.startswith(('import ', 'from ')) for l in body.strip().splitlines())
-        if 'parameters' in c['metadata'].get('tags', []): exec(body, space); space.update(params)
-        elif imports or body.startswith('cfg = configure') or (on and not text.startswith('#| export')): exec(body, space)
+        imports = all(l.startswith(('import ', 'from ')) for l in body.strip().splitlines())
+        if c['cell_type'] == 'code' and 'skip-execution' not in tags and (imports or not text.startswith('#| export')): exec(body, space)
+        if 'parameters' in tags: space.update(params)
 
 
 def of(character, n, lang=None): return [r for r in sample_rows() if r['character'] == character and lang in (None, r['lang'])][:n]

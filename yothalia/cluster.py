@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['STEPS', 'JOBS', 'MIN_DISK', 'SAID', 'ABOUT', 'app', 'room', 'RunError', 'Interrupted', 'notebook_parameters', 'plan',
-           'known_steps', 'look_first', 'check_values', 'step_keys', 'done_mark', 'is_done', 'run_notebook', 'run_all',
-           'findings', 'show_frame', 'summary_figure', 'show_results', 'run', 'check', 'results']
+           'known_steps', 'look_first', 'check_values', 'step_keys', 'done_mark', 'is_done', 'without_lessons',
+           'run_notebook', 'run_all', 'findings', 'show_frame', 'summary_figure', 'show_results', 'run', 'check',
+           'results']
 
 # %% ../nbs/06_cluster.ipynb #64c1528f
 import ast, json, os, re, shutil, tempfile, threading, time
@@ -155,6 +156,24 @@ def is_done(folder:Path, step:str, key:str) -> bool:
     except (OSError, ValueError): return False
     return mark['key'] == key and all((folder/r).exists() for r in mark['records'])
 
+# %% ../nbs/06_cluster.ipynb #9fff24e3
+def _needed(cell:dict, on:bool) -> bool: # a code cell; whether it stands under 'The run'
+    "Whether a run needs this cell."
+    text = ''.join(cell['source'])
+    body = '\n'.join(l for l in text.splitlines() if not l.startswith('#|')).strip()
+    imports = body and all(l.startswith(('import ', 'from ')) for l in body.splitlines())
+    return on or text.startswith('#| export') or bool(imports) or body.startswith('cfg = configure') or 'parameters' in cell['metadata'].get('tags', [])
+
+def without_lessons(nb:dict # a notebook, as JSON
+                   ) -> dict: # the same, with tags
+    "Tag the cells of a job notebook that its run does not need, so that they are not executed; a notebook without a part 'The run' stays as it is."
+    on, starts = False, lambda c, *heads: c['cell_type'] == 'markdown' and ''.join(c['source']).startswith(heads)
+    if not any(starts(c, '## The run') for c in nb['cells']): return nb
+    for c in nb['cells']:
+        if starts(c, '## '): on = starts(c, '## The run') or on and not starts(c, '## What the real', '## As a job')
+        if c['cell_type'] == 'code' and not _needed(c, on): c['metadata'] = c['metadata'] | dict(tags=[*c['metadata'].get('tags', []), 'skip-execution'])
+    return nb
+
 # %% ../nbs/06_cluster.ipynb #9fff24e4
 SAID = ('DataError', 'ModelError', 'ConfigError', 'TrainError', 'OverlapError', 'RunError')  # errors that are one sentence for a person
 
@@ -177,7 +196,9 @@ def run_notebook(step:str, params:dict, folder:Path, show=lambda text: None):
     out = folder/f'{step}.ipynb'
     sockets = tempfile.TemporaryDirectory(prefix='yothalia-')  # where only this user can open them
     local = {} if os.name == 'nt' else {'config': Config({'KernelManager': {'transport':'ipc', 'ip':f'{sockets.name}/k'}})}
-    try: pm.execute_notebook(str(project_root()/'nbs'/f'{step}.ipynb'), str(out), params, cwd=str(project_root()), progress_bar=False,
+    todo = Path(sockets.name)/f'{step}.ipynb'
+    todo.write_text(json.dumps(without_lessons(json.loads((project_root()/'nbs'/todo.name).read_text(encoding='utf-8')))), encoding='utf-8')
+    try: pm.execute_notebook(str(todo), str(out), params, cwd=str(project_root()), progress_bar=False,
                              kernel_name='python3', autosave_cell_every=30, **local)
     except PapermillExecutionError as e:
         if e.ename == 'KeyboardInterrupt': raise Interrupted(f'{step}: {e.evalue or "stopped"}') from None
