@@ -9,8 +9,9 @@ BIN = Path(sys.executable).parent
 RUN = ROOT/'_runs'
 pytestmark = pytest.mark.skipif(not (os.environ.get('YOTHALIA_TEST_CLUSTER') and shutil.which('slurmctld')), reason='make test-cluster starts a Slurm for these')
 SHORT = ['01_data', '02_lora']
-LONG = ['-p', '02_lora.train_rows=56', '-p', '02_lora.valid_rows=4', '-p', '02_lora.epochs=2.0', '-p', '02_lora.batch=4', '-p', '02_lora.micro_batch=4',
-        '-p', '02_lora.evals=8', '-p', '02_lora.replies=0']
+LONG = ['-p', '02_lora.train_rows=32', '-p', '02_lora.valid_rows=4', '-p', '02_lora.epochs=2.0', '-p', '02_lora.batch=4',
+        '-p', '02_lora.evals=4', '-p', '02_lora.replies=0']
+FEW = ['-p', '02_lora.replies=0', '-p', '02_lora.valid_rows=2']
 EARLY = [('ct-road', [], ['01_data', '02_lora', '03_quantization', '04_benchmark', '05_profiling']), ('ct-whole', LONG, SHORT),
          ('ct-fail', ['-p', '02_lora.max_tokens=16'], ['01_data', '02_lora', '04_benchmark'])]
 
@@ -75,18 +76,18 @@ def test_the_road(slurm):
 
 
 def test_a_grid_is_one_array_and_finished_points_are_skipped(slurm):
-    (slurm/'grid.yml').write_text('02_lora.rank: [4, 8]\n02_lora.train_rows: [4, 6, 8]\n')
-    grid = ['--grid', slurm/'grid.yml']
-    submit(slurm, 'ct-grid', *grid, '--dry-run')
-    first = RUN/'ct-grid/rank=4,train_rows=4'
+    (slurm/'grid.yml').write_text('01_data.seed: [1, 2]\n01_data.test_share: [0.2, 0.25, 0.3]\n')
+    grid = dict(steps=['01_data'])
+    submit(slurm, 'ct-grid', '--grid', slurm/'grid.yml', '--dry-run', **grid)
+    first = RUN/'ct-grid/seed=1,test_share=0.2'
     yothalia('step', first)
-    said = submit(slurm, 'ct-grid', *grid)
-    assert '5 of 6 runs' in said and 'array 1,2,3,4,5' in said and 'rank=4,train_rows=4  done before' in said
-    before = (first/'done/02_lora.json').read_text()
+    said = submit(slurm, 'ct-grid', '--grid', slurm/'grid.yml', **grid)
+    assert '5 of 6 runs' in said and 'array 1,2,3,4,5' in said and 'seed=1,test_share=0.2  done before' in said
+    before = (first/'done/01_data.json').read_text()
     wait(lambda: ended(ids('ct-grid')['all']), 600)
     shown = yothalia('status', 'ct-grid')
-    assert shown.count('done') == 12, shown
-    assert (first/'done/02_lora.json').read_text() == before
+    assert shown.count('done') == 6, shown
+    assert (first/'done/01_data.json').read_text() == before
     assert '6 runs' in yothalia('collect', 'ct-grid')
 
 
@@ -99,7 +100,7 @@ def test_what_fails_cancels_the_rest_and_says_why(slurm):
 
 def test_two_submissions_of_one_run(slurm):
     "Both jobs run at once; one works, the other waits and finds it done."
-    submit(slurm, 'ct-twice'); submit(slurm, 'ct-twice')
+    submit(slurm, 'ct-twice', *FEW); submit(slurm, 'ct-twice', *FEW)
     jobs = json.loads((RUN/'ct-twice/slurm/jobs.json').read_text())['02_lora']
     wait(lambda: all(map(ended, jobs)), 400)
     assert [scontrol(j)[0]['JobState'] for j in jobs] == ['COMPLETED']*2
@@ -107,10 +108,13 @@ def test_two_submissions_of_one_run(slurm):
 
 
 def test_a_time_limit_ends_with_the_same_adapter(slurm):
-    "Stopped before its time was over, saved, queued again: to the last bit the adapter of the unbroken run."
-    submit(slurm, 'ct-limit', *LONG)
+    "Stopped a minute before its time was over, saved, queued again: to the last bit the adapter of the unbroken run."
+    (slurm/'early.yml').write_text((slurm/'site.yml').read_text().replace('warn: 10', 'warn: 60'))
+    submit(slurm, 'ct-limit', *LONG, YOTHALIA_SITE=str(slurm/'early.yml'))
     job = wait(lambda: ids('ct-limit').get('02_lora'), 10)
     subprocess.run(['scontrol', 'update', f'JobId={job}', 'TimeLimit=2'], check=True)
+    wait(lambda: int(scontrol(job)[0]['Restarts']) and scontrol(job)[0]['JobState'] == 'RUNNING', 300)
+    subprocess.run(['scontrol', 'update', f'JobId={job}', 'TimeLimit=15'], check=True)  # once is enough
     wait(all_done('ct-whole', 'ct-limit'), 700)
     assert int(scontrol(job)[0]['Restarts']) >= 1 and 'Saved: 02_lora' in output('ct-limit'), output('ct-limit')
     one, two = weights('ct-whole'), weights('ct-limit')
@@ -142,7 +146,7 @@ def _environ(pid):
 
 def test_training_on_two_nodes(slurm):
     "torchrun on both nodes, one process each: up to rounding the same adapter as one process makes."
-    told = ['-p', '02_lora.train_rows=8', '-p', '02_lora.batch=4', '-p', '02_lora.micro_batch=2', '-p', '02_lora.precision=fp32', '-p', '02_lora.learning_rate=1e-3', '-p', '02_lora.persona_share=0.0']
+    told = ['-p', '02_lora.train_rows=8', '-p', '02_lora.batch=4', '-p', '02_lora.precision=fp32', '-p', '02_lora.learning_rate=1e-3', '-p', '02_lora.persona_share=0.0', *FEW]
     submit(slurm, 'ct-one', *told); submit(slurm, 'ct-two', *told, '--nodes', '2')
     wait(all_done('ct-one', 'ct-two'), 500)
     one, two = weights('ct-one'), weights('ct-two')
