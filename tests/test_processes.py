@@ -27,21 +27,22 @@ def test_full_disk_while_saving_a_checkpoint(name):
     code = f'''
 import resource, signal
 from yothalia.data import DataConfig, prepare
-from yothalia.lora import LoraConfig, TrainError, fit, last_checkpoint, SealCheckpoints, training_key
+from yothalia.lora import LoraConfig, fit, training_key
+from yothalia.training import TrainError, Training, last_checkpoint
 from yothalia.core import *
 cfg = LoraConfig(out="_runs/{name}", train_rows=6, valid_rows=2, batch=2, evals=3, max_tokens=512)
 prepare(DataConfig(out=cfg.out))
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-whole = SealCheckpoints.on_save
-def then_full(self, *a, **kw):  # after the first whole checkpoint no file may grow beyond 5 MB: the adapter has 20
-    whole(self, *a, **kw); resource.setrlimit(resource.RLIMIT_FSIZE, (5_000_000, resource.RLIM_INFINITY))
-SealCheckpoints.on_save = then_full
+whole = Training.save
+def then_full(self):  # after the first whole checkpoint no file may grow beyond 5 MB: the adapter has 20
+    whole(self); resource.setrlimit(resource.RLIMIT_FSIZE, (5_000_000, resource.RLIM_INFINITY))
+Training.save = then_full
 folder = rooted(cfg.out)/"checkpoints"/training_key(cfg)
 try: fit(cfg)
 except TrainError as e: print("SAID", e)
 print("LAST", last_checkpoint(folder).name, sorted(p.name for p in folder.iterdir()))
 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-SealCheckpoints.on_save = whole
+Training.save = whole
 model, log, counts = fit(cfg)
 print("DONE", last_checkpoint(folder).name)
 '''
@@ -55,19 +56,20 @@ def test_stopped_by_a_signal_and_taken_up(name):
     code = f'''
 import os, shutil, signal, torch
 from yothalia.data import DataConfig, prepare
-from yothalia.lora import LoraConfig, ReplyTrainer, fit
+from yothalia.lora import LoraConfig, fit
+from yothalia.training import Training
 from yothalia.core import *
 cfg = LoraConfig(out="_runs/{name}", train_rows=10, valid_rows=2, batch=2, evals=1, max_tokens=256)
 prepare(DataConfig(out=cfg.out))
 weights = lambda m: {{n: p.detach().clone() for n, p in m.named_parameters() if "lora_" in n}}
 whole = weights(fit(cfg)[0])
 shutil.rmtree(rooted(cfg.out)/"checkpoints")
-loss, seen = ReplyTrainer.compute_loss, []
-def asked(self, *a, **kw): # in the middle of a step
+part, seen = Training.micro, []
+def asked(self, *a): # in the middle of a step
     seen.append(1)
-    if len(seen) == 5: os.kill(os.getpid(), signal.SIGINT)
-    return loss(self, *a, **kw)
-ReplyTrainer.compute_loss = asked
+    if len(seen) == 2: os.kill(os.getpid(), signal.SIGINT)
+    return part(self, *a)
+Training.micro = asked
 try: fit(cfg)
 except KeyboardInterrupt as e: print("SAID", e)
 model, log, counts = fit(cfg)

@@ -24,7 +24,7 @@ from .rows import DataError
 
 # %% ../nbs/06_cluster.ipynb #91c8a2cd
 STEPS = ('01_data', '02_lora', '03_quantization', '04_benchmark', '05_profiling') # what a run does where nothing else is said
-JOBS = (STEPS[0], '04f_templates', *STEPS[1:4], '04d_validity', '04e_specificity', '04g_replies', '04h_curve', *STEPS[4:]) # what it can do, in order
+JOBS = (STEPS[0], '04f_templates', *STEPS[1:4], '04d_validity', '04e_specificity', '04g_replies', '04h_curve', *STEPS[4:], '02d_speed') # what it can do, in order
 
 def room(step:str) -> str:
     "The room that a step belongs to: the name of its module."

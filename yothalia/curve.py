@@ -36,7 +36,6 @@ class CurveConfig(Config):
     ranks: list[int] = Field([16], min_length=1)
     epochs: float = Field(1.0, gt=0, le=100)
     batch: int = Field(4, ge=1)
-    micro_batch: int = Field(1, ge=1)
     learning_rate: float = Field(1e-3, gt=0, lt=1)
     questions: int = Field(2, ge=0)
     options: int = Field(5, ge=3, le=10)
@@ -125,7 +124,7 @@ def curve(cfg:CurveConfig, rows:dict) -> list[dict]: # records; rows: train (shu
 # %% ../nbs/04h_curve.ipynb #b8a00037
 def one_point(cfg, tok, asked:dict, told:Template, learn:list[dict], rank:int, path:Path, key:str) -> dict: # a record
     "Train on some rows, measure, and write the record."
-    same = ('out', 'model', 'precision', 'template', 'epochs', 'batch', 'micro_batch', 'learning_rate', 'seed')
+    same = ('out', 'model', 'precision', 'template', 'epochs', 'batch', 'learning_rate', 'seed')
     lora = LoraConfig(rank=max(rank, 1), alpha=2*max(rank, 1), evals=1, **{k: getattr(cfg, k) for k in same})
     adapter = str(kept_adapter(lora, dict(train=learn, valid=asked['held'][:4]), path.stem)) if learn else ''
     model = load_model(cfg.model, cfg.precision, adapter or None)

@@ -19,7 +19,8 @@ from .core import Config, Field
 from .models import *
 from .data import data_hash, ensure_data, lesson_rows, load_split, personas
 from .prompts import *
-from .lora import examples, loss_metric, row_losses, token_budget
+from .lora import examples, loss_metric, token_budget
+from .packing import example_nll
 
 # %% ../nbs/03_quantization.ipynb #7cf73d96
 class QuantizationConfig(Config):
@@ -89,7 +90,7 @@ def measure(precision:str, # a key of `PRECISIONS`
     loaded, memory = time.perf_counter() - start, weights_memory(model)
     time_reply(model, tok, texts[0], 2)  # warm up
     timed = [time_reply(model, tok, t, cfg.new_tokens) for t in progress(texts, f'{precision} speed')]
-    sums, counts = row_losses(model, data)
+    sums, counts = example_nll(model, data)
     del model; gc.collect()
     if torch.cuda.is_available(): torch.cuda.empty_cache()
     return {'weights': memory, 'held-out loss': loss_metric(sums, counts), 'decode': mean_metric([t[1] for t in timed], 'tokens/s'),

@@ -37,7 +37,6 @@ class SpecificityConfig(Config):
     test_rows: int = Field(2, ge=0)
     epochs: float = Field(1.0, gt=0, le=100)
     batch: int = Field(4, ge=1)
-    micro_batch: int = Field(1, ge=1)
     learning_rate: float = Field(1e-3, gt=0, lt=1)
     rank: int = Field(16, ge=1, le=1024)
     max_reply: int = Field(128, ge=8)
@@ -68,7 +67,7 @@ def single_adapter(cfg:SpecificityConfig, name:str, # of the folder
                    rows:list[dict] # to learn
                   ) -> Path: # the adapter's folder
     "Train an adapter on one character's rows alone, or take the one that was trained before."
-    lora = LoraConfig(out=cfg.out, model=cfg.model, precision=cfg.precision, epochs=cfg.epochs, batch=cfg.batch, micro_batch=cfg.micro_batch,
+    lora = LoraConfig(out=cfg.out, model=cfg.model, precision=cfg.precision, epochs=cfg.epochs, batch=cfg.batch,
                       learning_rate=cfg.learning_rate, rank=cfg.rank, alpha=2*cfg.rank, persona_share=0., evals=1, seed=cfg.seed)
     return kept_adapter(lora, dict(train=rows, valid=rows[:1]), name)
 

@@ -1,0 +1,86 @@
+"""Trainings that are killed, that share a step among processes, and that lose one of them."""
+import json, os, random, shutil, signal, subprocess, sys, time
+from pathlib import Path
+
+import pytest, torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from yothalia.core import seed_everything
+from yothalia.training import Told, Training, join_processes, last_checkpoint
+
+ROOT = Path(__file__).parent.parent
+os.environ['YOTHALIA_PROGRESS'] = 'off'
+
+
+def tiny(folder, **kw):
+    "A training of a small model that was never trained, on numbers; some ten milliseconds a step."
+    seed_everything(0)
+    made = random.Random(0)
+    rows = [[made.randrange(200) for _ in range(made.randrange(20, 60))] for _ in range(44)]
+    examples = [dict(input_ids=r, labels=[-100]*8 + r[8:]) for r in rows]
+    m = LlamaForCausalLM(LlamaConfig(vocab_size=200, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2))
+    m = get_peft_model(m, LoraConfig(task_type='CAUSAL_LM', target_modules='all-linear', r=4), autocast_adapter_dtype=False)
+    return Training(m, examples[:40], examples[40:], Told(**dict(batch=8, epochs=30., evals=30, learning_rate=1e-3, pack_tokens=128) | kw), folder)
+
+
+def forked(folder) -> int:
+    "A child process that trains to the end; its number."
+    if pid := os.fork(): return pid
+    try: tiny(folder).run(); os._exit(0)
+    except BaseException: os._exit(1)
+
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
+def test_killed_at_any_moment(tmp_path):
+    "SIGKILL at twenty random moments, some while a checkpoint is written: the same weights in the end, and never more than an interval lost."
+    torch.set_num_threads(1)
+    whole = tiny(tmp_path/'whole'); start = time.time(); whole.run(); took = time.time()-start
+    moments, folder, at, inside = random.Random(1), tmp_path/'killed', 0, 0
+    for _ in range(20):
+        pid = forked(folder); time.sleep(moments.uniform(.02, max(.3, took/8)))
+        os.kill(pid, signal.SIGKILL); os.waitpid(pid, 0)
+        inside += any(p.name.endswith('.tmp') for p in folder.iterdir()) if folder.exists() else 0
+        kept = last_checkpoint(folder)
+        now = int(kept.name.split('-')[1]) if kept else 0
+        assert now >= at, 'a checkpoint was lost'
+        at = now
+    assert os.waitpid(forked(folder), 0)[1] == 0
+    end = tiny(folder); assert end.run() == 150
+    assert torch.equal(end.flat.live, whole.flat.live) and end.at.best == whole.at.best
+    print(f'{inside} of 20 inside a save, at step {at} of 150')
+
+
+TOGETHER = '''
+import sys; sys.path.insert(0, "tests")
+from test_training import *
+torch.set_num_threads(1); join_processes(1.)
+t = tiny(Path(sys.argv[1]), pack_tokens=64)
+if len(sys.argv) > 2 and t.rank == 1 and not last_checkpoint(t.folder):
+    step = t.take_step
+    t.take_step = lambda: os.kill(os.getpid(), 9) if t.at.step == 20 else step()
+t.run()
+if t.rank == 0: torch.save(t.flat.live, Path(sys.argv[1])/"end.pt"); (Path(sys.argv[1])/"log.json").write_text(json.dumps(t.at.log))
+torch.distributed.destroy_process_group()
+'''
+
+def together(tmp_path, folder, *more):
+    (tmp_path/'together.py').write_text(TOGETHER)
+    return subprocess.run([sys.executable, '-W', 'ignore', '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', str(tmp_path/'together.py'), str(folder), *more],
+                          cwd=ROOT, capture_output=True, text=True, timeout=240, env={**os.environ, 'PYTHONPATH': str(ROOT)})
+
+
+def test_two_processes_share_a_step(tmp_path):
+    "The same batches, the same losses, the same weights up to rounding as one process; and when one is killed the other ends soon, and both go on."
+    one = tiny(tmp_path/'one', pack_tokens=64); one.run()
+    got = together(tmp_path, tmp_path/'two'); assert got.returncode == 0, got.stderr[-3000:]
+    log = json.loads((tmp_path/'two/log.json').read_text())
+    assert [l['step'] for l in log] == [l['step'] for l in one.at.log]
+    for a, b in zip(log, one.at.log):
+        for k in ('loss', 'eval_loss', 'grad_norm'): assert abs(a.get(k, 0)-b.get(k, 0)) < 2e-3, (a, b)
+    end = torch.load(tmp_path/'two/end.pt'); assert (end-one.flat.live).norm() < .02*one.flat.live.norm()
+    start = time.time()
+    got = together(tmp_path, tmp_path/'dead', 'die'); assert got.returncode != 0 and time.time()-start < 90
+    assert 0 < int(last_checkpoint(tmp_path/'dead').name.split('-')[1]) <= 20
+    got = together(tmp_path, tmp_path/'dead', 'die'); assert got.returncode == 0, got.stderr[-3000:]
+    assert torch.equal(torch.load(tmp_path/'dead/end.pt'), end)
