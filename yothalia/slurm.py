@@ -357,8 +357,8 @@ def last_lines(file:Path|None, n:int=6) -> str:
 def loss_or_score(folder:Path, step:str) -> str:
     "What a step has found so far, in a word."
     if step == '02_lora':
-        states = sorted(folder.glob('checkpoints/*/checkpoint-*/trainer_state.json'), key=lambda p: p.stat().st_mtime)
-        logs = json.loads(states[-1].read_text())['log_history'] if states else []
+        states = sorted(folder.glob('checkpoints/*/checkpoint-*/progress.json'), key=lambda p: p.stat().st_mtime)
+        logs = json.loads(states[-1].read_text())['log'] if states else []
         seen = [l for l in logs if 'eval_loss' in l]
         return f"held-out loss {seen[-1]['eval_loss']:.3f} at step {seen[-1]['step']}" if seen else ''
     if step != '04_benchmark': return ''
@@ -468,7 +468,7 @@ def collect(name: Annotated[str, typer.Argument(help='a run, a grid, or nothing 
     import matplotlib; matplotlib.use('agg')
     console, folder = Console(force_jupyter=False), rooted('_runs')/name
     table = collected(folder) if folder.is_dir() else []
-    if not len(table): console.print(f'There are no records below {tidy(folder)}.'); raise typer.Exit(1)
+    if not len(table): console.print(f'There are no records below {tidy(folder)} that could be compared: no loss, no score.'); raise typer.Exit(1)
     shown = table.map(lambda m: str(m) if isinstance(m, dict) else '')
     shown = shown.rename_axis('run') if len(shown) > len(shown.columns) else shown.T.rename_axis('measured')
     show_frame(shown.reset_index(), f'{len(table)} run{"s"*(len(table) > 1)}, with 95% intervals', console)

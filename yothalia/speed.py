@@ -78,7 +78,7 @@ def speed_rows(cfg:SpeedConfig, vocabulary:int) -> list[dict]: # examples, in th
 def train_ours(model, data:list[dict], cfg:SpeedConfig) -> list[dict]: # for each step tokens, seconds since the start, loss, grad_norm
     "The loop of `02c_training`."
     with tempfile.TemporaryDirectory() as box:
-        t = Training(model, data, [], Told(batch=cfg.batch, learning_rate=cfg.learning_rate, pack_tokens=cfg.pack_tokens, warmup=0.), box)
+        t = Training(model, data, [], Told(batch=cfg.batch, learning_rate=cfg.learning_rate, pack_tokens=cfg.pack_tokens, warmup=0., liger=True), box)
         t.batches = [list(range(i, i+cfg.batch)) for i in range(0, len(data), cfg.batch)]
         t.run()
     return [l | dict(pack_tokens=t.size, graphs=len(t.graphs), liger=t.liger) for l in t.at.log]

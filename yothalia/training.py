@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['step_batches', 'share_out', 'join_processes', 'Told', 'Progress', 'TrainError', 'Training', 'pack_tokens',
-           'padded_pack', 'Captured', 'last_checkpoint']
+           'padded_pack', 'graph_sizes', 'Captured', 'last_checkpoint']
 
 # %% ../nbs/02c_training.ipynb #02c00004
 import json, math, os, re, shutil, signal, time
@@ -60,6 +60,7 @@ class Told:
     max_norm: float = 1.       # of the gradient
     evals: int = 2             # how often the held-out loss is measured and a checkpoint saved
     pack_tokens: int = 0       # tokens of a pack; 0 for what suits the device
+    liger: bool|None = None    # use Liger's kernels where they are installed; None where it pays
     save_minutes: float = 15.  # time between checkpoints, at most
     seed: int = 0
 
@@ -90,8 +91,8 @@ class Training:
         self.flat, self.at, self.asked = Flat(model, told.ratio), Progress(), False
         self.fused, self.liger = fuse(model), False
         self.size = told.pack_tokens or pack_tokens(model, max(sum(self.lengths[i] for i in b) for b in self.batches))
-        self.graphs, self.pool = {}, torch.cuda.graph_pool_handle() if self.device.type == 'cuda' else None
-        self.graphs_fit = self.device.type == 'cuda' and can_pack(model) and frozen_head(plain(model)) and self.fused > 0
+        self.graphs, self.stream, self.pool = {}, None, torch.cuda.MemPool() if self.device.type == 'cuda' else None
+        self.sizes, self.graphs_fit = [], self.device.type == 'cuda' and can_pack(model) and frozen_head(plain(model)) and self.fused > 0
         self.loss = torch.zeros((), dtype=torch.float64, device=self.device)
 
 # %% ../nbs/02c_training.ipynb #02c0000e1
@@ -120,25 +121,37 @@ def padded_pack(p:Packed, tokens:int, examples:int, targets:int, # what it shall
                   starts=fill(torch.tensor(bounds, dtype=torch.int32), examples+1, tokens), at=fill(p.at, targets), targets=fill(p.targets, targets),
                   row=fill(p.row, targets), weight=fill(p.weight, targets), bounds=bounds, longest=longest)
 
+def graph_sizes(packs:list[tuple[int,int,int]], # tokens, examples, targets of every pack of a training
+                uses:int=10 # a size that is needed more seldom is not worth a graph of its own
+               ) -> list[tuple[int,int,int]]: # the same of each size, the smallest first
+    "Few sizes that hold all packs: each a tenth smaller than the one before, where enough packs are that small."
+    sizes, left = [], sorted(packs)
+    while left:
+        top = math.ceil(left[-1][0]/128)*128
+        at = next((i for i, p in enumerate(left) if p[0] > .9*top), 0)
+        if at < uses or at >= len(left): at = 0  # the few that are left go into this one
+        sizes.append((top, *(max(p[k] for p in left[at:]) for k in (1, 2)))); left = left[:at]
+    return sizes[::-1]
+
 @patch
 def padded(self:Training, p:Packed) -> Packed: # pinned
-    "A pack of one of some eight sizes."
-    step = max(256, math.ceil(self.size/8/128)*128)
-    tokens, longest = math.ceil(p.ids.shape[1]/step)*step, max(self.lengths)
-    examples = math.ceil((len(p.bounds)-1)/64)*64 + step//longest + 2
-    return padded_pack(p, tokens, examples, math.ceil(len(p.at)/1024)*1024, longest).each(lambda v: v.pin_memory())
+    "A pack of the smallest size that holds it."
+    longest, top = max(self.lengths), self.sizes[-1][0]
+    tokens, examples, targets = next(s for s in self.sizes if s[0] >= p.ids.shape[1] and s[1] >= len(p.bounds)-1 and s[2] >= len(p.at))
+    return padded_pack(p, tokens, examples + top//longest + 2, targets, longest).each(lambda v: v.pin_memory())
 
 class Captured:
     "Forward and backward over packs of one size, as a CUDA graph."
     def __init__(self, training:'Training', p:Packed):
         self.p, self.total = p.each(lambda v: v.to(training.device).clone()), torch.ones((), device=training.device)
         keep, work = (training.flat.sum.clone(), training.loss.clone()), lambda: training.there_and_back(self.p, self.total)
-        beside = torch.cuda.Stream(training.device); beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(beside):
+        beside = torch.cuda.Stream(training.device) if training.stream is None else training.stream
+        training.stream = beside; beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside), torch.cuda.use_mem_pool(training.pool):
             for _ in range(2): work()
-        torch.cuda.current_stream().wait_stream(beside)
+        torch.cuda.current_stream().wait_stream(beside); torch.cuda.synchronize()
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=training.pool): work()
+        with torch.cuda.graph(self.graph, pool=training.pool.id, stream=beside): work()
         training.flat.sum.copy_(keep[0]); training.loss.copy_(keep[1])
 
     def __call__(self, p:Packed, total:int):
@@ -151,8 +164,22 @@ class Captured:
 @patch
 def packs(self:Training, i:int) -> list[Packed]: # of this process
     "The packs of a step."
+    return [pack_examples([self.train[k] for k in p]) for p in self.packing(i)]
+
+@patch
+def packing(self:Training, i:int) -> list[list[int]]: # for each pack its examples
+    "Which examples go into which pack of a step: as few packs as need be, and those alike."
     mine = share_out(self.batches[i], self.lengths, self.processes)[self.rank]
-    return [pack_examples([self.train[mine[k]] for k in p]) for p in pack_lengths([self.lengths[k] for k in mine], self.size)]
+    packs = [[mine[k] for k in p] for p in pack_lengths([self.lengths[k] for k in mine], self.size)]
+    even = share_out(mine, self.lengths, len(packs)) if packs else []
+    return even if all(sum(self.lengths[k] for k in p) <= self.size for p in even) else packs
+
+@patch
+def plan_graphs(self:Training):
+    "Decide the sizes of graphs from all packs of the training."
+    self.graphs.clear()
+    packs = [p for i in range(self.at.step, len(self.batches)) for p in self.packing(i)]
+    self.sizes = graph_sizes([(sum(self.lengths[k] for k in p), len(p), sum(self.targets[k] for k in p)) for p in packs])
 
 @patch
 def there_and_back(self:Training, p:Packed, total): # a pack on the device, target tokens of the whole step
@@ -165,6 +192,7 @@ def there_and_back(self:Training, p:Packed, total): # a pack on the device, targ
 def micro(self:Training, p:Packed, total:int):
     "Compute a pack, by a graph where that is possible."
     if not self.graphs_fit: return self.there_and_back(p.to(self.device), total)
+    if not self.sizes: self.plan_graphs()
     p = self.padded(p)
     if (n := (len(p.ids[0]), len(p.starts), len(p.at))) not in self.graphs: self.graphs[n] = Captured(self, p)
     self.graphs[n](p, total)
@@ -186,7 +214,7 @@ def take_step(self:Training) -> torch.Tensor: # the norm of the gradient, on the
             break
         except Exception as e:
             if not out_of_memory(e) or self.size <= min(max(self.lengths), 256): raise
-            self.size //= 2; self.graphs.clear(); self.flat.sum.zero_(); self.flat.grad.zero_(); self.loss.copy_(before)
+            self.size //= 2; self.sizes = []; self.flat.sum.zero_(); self.flat.grad.zero_(); self.loss.copy_(before)
         if self.device.type == 'cuda': torch.cuda.empty_cache()
     if self.processes > 1: torch.distributed.all_reduce(self.flat.sum)
     self.at.step += 1
@@ -307,7 +335,7 @@ def run(self:Training) -> int: # the step that was taken up
     self.listen(); self.saved = self.mark = time.perf_counter()
     work = sum(p.numel() for p in self.model.parameters()) * sum(self.lengths[k] for b in self.batches[taken:] for k in b)
     try:
-        with liger(self.model, work) as self.liger, packed(self.model):
+        with liger(self.model, {None: work, True: math.inf, False: 0}[self.told.liger]) as self.liger, packed(self.model):
             if not self.at.log: self.aside(self.evaluate)
             for _ in bar: self.turn(n, lines, evals)
     finally: self.listen(False)
