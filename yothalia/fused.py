@@ -42,6 +42,7 @@ def _weight_of(layer): # a frozen linear layer
         from bitsandbytes.functional import dequantize_4bit
         return lambda: dequantize_4bit(w, w.quant_state)
 
+# %% ../nbs/02b_fused.ipynb #02b00009x
 def _fused(layer:LoraLayer): # one with a single plain branch
     "Its forward pass as one operation, or None."
     name = next(iter(layer.lora_A), None)
@@ -53,6 +54,7 @@ def _fused(layer:LoraLayer): # one with a single plain branch
         return _LoraLinear.apply(x, weight, base.bias, A.weight, B.weight, layer.scaling[name])
     return forward
 
+# %% ../nbs/02b_fused.ipynb #02b00009y
 def fuse(model # a PeftModel
         ) -> int: # how many layers
     "Let the LoRA layers that allow it compute layer and branch together."
@@ -60,6 +62,7 @@ def fuse(model # a PeftModel
     for m, f in ways: m.forward = f
     return len(ways)
 
+# %% ../nbs/02b_fused.ipynb #02b00009z
 def unfuse(model):
     "As peft computes it."
     for m in model.modules():
@@ -92,6 +95,7 @@ def gather(self:Flat):
     "Add the gradients of a micro-batch to those of the step, in fp32."
     self.sum.add_(self.grad); self.grad.zero_()
 
+# %% ../nbs/02b_fused.ipynb #02b00013x
 @patch
 def step(self:Flat, lr:float, # learning rate
          max_norm:float=1. # of the gradient, which is cut to it
@@ -105,6 +109,7 @@ def step(self:Flat, lr:float, # learning rate
     self.sum.zero_()
     return norm
 
+# %% ../nbs/02b_fused.ipynb #02b00013y
 @patch
 def state(self:Flat) -> dict[str,torch.Tensor]:
     "What a checkpoint needs of it: weights and moments in fp32, and how many steps were taken."
@@ -113,6 +118,7 @@ def state(self:Flat) -> dict[str,torch.Tensor]:
     return dict(weights=self.master.detach().clone(), steps=torch.tensor([float(of[0].get('step', 0))]),
                 **{k: torch.cat([zero(v.detach(), s, k) for v, s in zip(self.groups, of)]) for k in ('exp_avg', 'exp_avg_sq')})
 
+# %% ../nbs/02b_fused.ipynb #02b00013z
 @patch
 def load(self:Flat, state:dict[str,torch.Tensor] # from `state`
         ):

@@ -53,6 +53,7 @@ class Packed:
         "The same on another device, without waiting for it."
         return self.each(lambda v: v.to(device, non_blocking=True))
 
+# %% ../nbs/02a_packing.ipynb #02a0000dx
 def pack_examples(items:list[dict] # examples: input_ids, labels
         ) -> Packed:
     "Examples end to end."
@@ -72,6 +73,7 @@ def _segments(q, k, v, bounds, **kw): # (1, heads, tokens, size) each
         q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], is_causal=True, enable_gqa=q.shape[1] != k.shape[1], **kw)
     return torch.cat([attend(a, b) for a, b in zip(bounds, bounds[1:])], 2).transpose(1, 2)
 
+# %% ../nbs/02a_packing.ipynb #02a00011x
 def _varlen(q, k, v, starts, longest, scale): # (1, heads, tokens, size) each
     "The same by torch's kernel for lengths that vary."
     from torch.nn.attention.varlen import varlen_attn
@@ -79,6 +81,7 @@ def _varlen(q, k, v, starts, longest, scale): # (1, heads, tokens, size) each
     if (n := q.shape[1]//k.shape[1]) > 1: k, v = (t.repeat_interleave(n, 1) for t in (k, v))
     return varlen_attn(q, k, v, starts, starts, longest, longest, scale=scale, window_size=(-1, 0))[None]
 
+# %% ../nbs/02a_packing.ipynb #02a00011y
 def packed_attention(module, query, key, value, attention_mask=None, # (1, heads, tokens, size); no mask
                      scaling:float|None=None, dropout:float=0., pack:Packed|None=None, **kw
                     ) -> tuple: # (1, tokens, heads, size), None

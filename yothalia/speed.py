@@ -33,6 +33,7 @@ SHAPES = { # published configurations
     'smollm2-135m-shape': ('llama', dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
                                          num_key_value_heads=3, tie_word_embeddings=True))}
 
+# %% ../nbs/02d_speed.ipynb #02d00008x
 class SpeedConfig(Config):
     "Parameters of this room."
     out: str = '_runs/demo'
@@ -60,12 +61,14 @@ def shaped(name:str, # a key of `SHAPES`
     if precision in ('fp32', 'bf16'): return m.eval()
     with tempfile.TemporaryDirectory(dir=rooted('_runs')) as box, quiet(): m.save_pretrained(box); del m; return load_model(box, precision)
 
+# %% ../nbs/02d_speed.ipynb #02d0000bx
 def model_of(name:str, cfg:SpeedConfig): # a PeftModel
     "The model, or its shape, with a fresh adapter."
     seed_everything(cfg.seed)
     m = shaped(name, cfg.precision) if name in SHAPES else load_model(name, cfg.precision)
     return add_lora(m, LoraConfig(rank=cfg.rank, alpha=2*cfg.rank, precision=cfg.precision))
 
+# %% ../nbs/02d_speed.ipynb #02d0000by
 def speed_rows(cfg:SpeedConfig, vocabulary:int) -> list[dict]: # examples, in the order in which they are trained
     "Examples of the file's rows, as many as the steps need; the ids of another vocabulary are folded into this one."
     tok, some = load_tokenizer(EMBEDDED), list(load_split(cfg.out, 'train'))[:cfg.rows]
@@ -83,6 +86,7 @@ def train_ours(model, data:list[dict], cfg:SpeedConfig) -> list[dict]: # for eac
         t.run()
     return [l | dict(pack_tokens=t.size, graphs=len(t.graphs), liger=t.liger) for l in t.at.log]
 
+# %% ../nbs/02d_speed.ipynb #02d0000dx
 def _watched(trainer, tokens:list[int]) -> list[dict]:
     "The same of a trainer of transformers' kind."
     from transformers import PrinterCallback, TrainerCallback
@@ -94,6 +98,7 @@ def _watched(trainer, tokens:list[int]) -> list[dict]:
     with quiet(): trainer.train()
     return [s | dict(tokens=n) for s, n in zip(seen, tokens)]
 
+# %% ../nbs/02d_speed.ipynb #02d0000dy
 def _arguments(cfg:SpeedConfig, box:str, **kw) -> dict:
     "What both of them are told."
     return dict(output_dir=box, learning_rate=cfg.learning_rate, lr_scheduler_type='cosine', logging_steps=1, save_strategy='no', report_to='none', disable_tqdm=True,
@@ -139,6 +144,7 @@ def measure_speed(name:str, trainer:str, cfg:SpeedConfig, rate:float # a model o
             'gradient norm': metric(log[-1]['grad_norm'], ''), 'tokens': metric(int(weights.sum()), 'tokens')}
     return made, {k: log[-1][k] for k in ('pack_tokens', 'graphs', 'liger') if k in log[-1]}
 
+# %% ../nbs/02d_speed.ipynb #02d00013x
 def speed_table(records:list[dict]) -> pd.DataFrame:
     "A line for each model and trainer, with the speed as a multiple of the slowest."
     rows = [dict(model=r['what']['model'], precision=r['what']['precision'], trainer=r['what']['trainer'], **{k: m['value'] for k, m in r['metrics'].items()}) for r in records]
@@ -146,6 +152,7 @@ def speed_table(records:list[dict]) -> pd.DataFrame:
     t['times the slowest'] = t['throughput'] / t.groupby(['model', 'precision'])['throughput'].transform('min')
     return t
 
+# %% ../nbs/02d_speed.ipynb #02d00013y
 def plot_speed(records:list[dict], ax=None):
     "Bars of tokens per second for each model and trainer, on a logarithmic axis."
     import matplotlib.pyplot as plt

@@ -121,6 +121,7 @@ def padded_pack(p:Packed, tokens:int, examples:int, targets:int, # what it shall
                   starts=fill(torch.tensor(bounds, dtype=torch.int32), examples+1, tokens), at=fill(p.at, targets), targets=fill(p.targets, targets),
                   row=fill(p.row, targets), weight=fill(p.weight, targets), bounds=bounds, longest=longest)
 
+# %% ../nbs/02c_training.ipynb #02c0000e6x
 def graph_sizes(packs:list[tuple[int,int,int]], # tokens, examples, targets of every pack of a training
                 uses:int=10 # a size that is needed more seldom is not worth a graph of its own
                ) -> list[tuple[int,int,int]]: # the same of each size, the smallest first
@@ -133,6 +134,7 @@ def graph_sizes(packs:list[tuple[int,int,int]], # tokens, examples, targets of e
         sizes.append((top, *(max(p[k] for p in left[at:]) for k in (1, 2)))); left = left[:at]
     return sizes[::-1]
 
+# %% ../nbs/02c_training.ipynb #02c0000e6y
 @patch
 def padded(self:Training, p:Packed) -> Packed: # pinned
     "A pack of the smallest size that holds it."
@@ -140,6 +142,7 @@ def padded(self:Training, p:Packed) -> Packed: # pinned
     tokens, examples, targets = next(s for s in self.sizes if s[0] >= p.ids.shape[1] and s[1] >= len(p.bounds)-1 and s[2] >= len(p.at))
     return padded_pack(p, tokens, examples + top//longest + 2, targets, longest).each(lambda v: v.pin_memory())
 
+# %% ../nbs/02c_training.ipynb #02c0000e6z
 class Captured:
     "Forward and backward over packs of one size, as a CUDA graph."
     def __init__(self, training:'Training', p:Packed):
@@ -166,6 +169,7 @@ def packs(self:Training, i:int) -> list[Packed]: # of this process
     "The packs of a step."
     return [pack_examples([self.train[k] for k in p]) for p in self.packing(i)]
 
+# %% ../nbs/02c_training.ipynb #02c0000fx
 @patch
 def packing(self:Training, i:int) -> list[list[int]]: # for each pack its examples
     "Which examples go into which pack of a step: as few packs as need be, and those alike."
@@ -174,6 +178,7 @@ def packing(self:Training, i:int) -> list[list[int]]: # for each pack its exampl
     even = share_out(mine, self.lengths, len(packs)) if packs else []
     return even if all(sum(self.lengths[k] for k in p) <= self.size for p in even) else packs
 
+# %% ../nbs/02c_training.ipynb #02c0000fy
 @patch
 def plan_graphs(self:Training):
     "Decide the sizes of graphs from all packs of the training."
@@ -181,6 +186,7 @@ def plan_graphs(self:Training):
     packs = [p for i in range(self.at.step, len(self.batches)) for p in self.packing(i)]
     self.sizes = graph_sizes([(sum(self.lengths[k] for k in p), len(p), sum(self.targets[k] for k in p)) for p in packs])
 
+# %% ../nbs/02c_training.ipynb #02c0000fz
 @patch
 def there_and_back(self:Training, p:Packed, total): # a pack on the device, target tokens of the whole step
     "Forward and backward over a pack; gradients and loss are added to those of the step."
@@ -188,6 +194,7 @@ def there_and_back(self:Training, p:Packed, total): # a pack on the device, targ
     (nll/total).backward()
     self.flat.gather(); self.loss.add_(nll.detach())
 
+# %% ../nbs/02c_training.ipynb #02c0000fw
 @patch
 def micro(self:Training, p:Packed, total:int):
     "Compute a pack, by a graph where that is possible."
@@ -197,6 +204,7 @@ def micro(self:Training, p:Packed, total:int):
     if (n := (len(p.ids[0]), len(p.starts), len(p.at))) not in self.graphs: self.graphs[n] = Captured(self, p)
     self.graphs[n](p, total)
 
+# %% ../nbs/02c_training.ipynb #02c0000fv
 @patch
 def learning_rate(self:Training, i:int) -> float:
     "Rising over the first steps, then falling along a cosine to zero."
@@ -204,6 +212,7 @@ def learning_rate(self:Training, i:int) -> float:
     share = (i+1)/(up+1) if i < up else .5*(1 + math.cos(math.pi*(i-up)/max(1, n-up)))
     return self.told.learning_rate*share
 
+# %% ../nbs/02c_training.ipynb #02c0000fu
 @patch
 def take_step(self:Training) -> torch.Tensor: # the norm of the gradient, on the device
     "One step of the optimizer; where memory is full, with smaller packs."
@@ -239,11 +248,13 @@ def evaluate(self:Training):
     if not math.isfinite(loss): self.give_up(f'eval_loss is {loss}')
     if loss > first + 1: self.give_up(f'the held-out loss has risen from {first:.2f} to {loss:.2f}')
 
+# %% ../nbs/02c_training.ipynb #02c00011x
 @patch
 def give_up(self:Training, why:str):
     "Say why the training cannot go on."
     raise TrainError(f'{why} at step {self.at.step}: lower learning_rate (now {self.told.learning_rate:g}); the last whole checkpoint is kept.')
 
+# %% ../nbs/02c_training.ipynb #02c00011y
 @patch
 def note(self:Training, norm:torch.Tensor): # of the gradient
     "A line of the log: means since the line before."
@@ -264,6 +275,7 @@ def last_checkpoint(folder:str|Path # where checkpoint-N folders are
     found = [(int(m[1]), p) for p in Path(folder).glob('checkpoint-*') if (m := re.fullmatch(r'checkpoint-(\d+)', p.name))]
     return next((p for _, p in sorted(found, reverse=True) if sealed(p)), None)
 
+# %% ../nbs/02c_training.ipynb #02c00013x
 @patch
 def save(self:Training):
     "Write a checkpoint; only the first process does."
@@ -280,6 +292,7 @@ def save(self:Training):
     old = sorted(self.folder.glob('checkpoint-*'), key=lambda p: int(p.name.split('-')[1]))[:-2]
     for p in old: shutil.rmtree(p)
 
+# %% ../nbs/02c_training.ipynb #02c00013y
 @patch
 def restore(self:Training) -> int: # the step that was taken up
     "Go on from the newest whole checkpoint; what is broken is removed."
@@ -320,12 +333,14 @@ def spent(self:Training) -> float:
     "Seconds of training so far, those of earlier processes included and evaluation not."
     return self.at.seconds + time.perf_counter() - self.mark
 
+# %% ../nbs/02c_training.ipynb #02c00017x
 @patch
 def aside(self:Training, *jobs):
     "Do something that is not training, and do not count its time."
     if self.device.type == 'cuda': torch.cuda.synchronize(self.device)
     self.at.seconds = self.spent(); [j() for j in jobs]; self.mark = time.perf_counter()
 
+# %% ../nbs/02c_training.ipynb #02c00017y
 @patch
 def run(self:Training) -> int: # the step that was taken up
     "Train to the end, or until asked to stop; afterwards the model has its best weights."
@@ -343,6 +358,7 @@ def run(self:Training) -> int: # the step that was taken up
     self.model.eval()
     return taken
 
+# %% ../nbs/02c_training.ipynb #02c00017z
 @patch
 def turn(self:Training, n:int, lines:int, evals:int): # steps; how often there is a line in the log, and an evaluation
     "A step, and what comes after it: log, evaluation, checkpoint, or the end."
