@@ -13,14 +13,14 @@ ROOT = Path(__file__).parent.parent
 os.environ['YOTHALIA_PROGRESS'] = 'off'
 
 
-def tiny(folder, **kw):
+def tiny(folder, dropout=0., **kw):
     "A training of a small model that was never trained, on numbers; some ten milliseconds a step."
     seed_everything(0)
     made = random.Random(0)
     rows = [[made.randrange(200) for _ in range(made.randrange(20, 60))] for _ in range(44)]
     examples = [dict(input_ids=r, labels=[-100]*8 + r[8:]) for r in rows]
     m = LlamaForCausalLM(LlamaConfig(vocab_size=200, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2))
-    m = get_peft_model(m, LoraConfig(task_type='CAUSAL_LM', target_modules='all-linear', r=4), autocast_adapter_dtype=False)
+    m = get_peft_model(m, LoraConfig(task_type='CAUSAL_LM', target_modules='all-linear', r=4, lora_dropout=dropout), autocast_adapter_dtype=False)
     return Training(m, examples[:40], examples[40:], Told(**dict(batch=8, epochs=30., evals=30, learning_rate=1e-3, pack_tokens=128) | kw), folder)
 
 
@@ -49,6 +49,19 @@ def test_killed_at_any_moment(tmp_path):
     end = tiny(folder); assert end.run() == 150
     assert torch.equal(end.flat.live, whole.flat.live) and end.at.best == whole.at.best
     print(f'{inside} of 20 inside a save, at step {at} of 150')
+
+
+def test_interrupted_with_dropout(tmp_path):
+    "What is dropped depends on the step, not on when the process began."
+    whole = tiny(tmp_path/'whole', .2, epochs=3.); whole.run()
+    one = tiny(tmp_path/'broken', .2, epochs=3.); step = one.take_step
+    def stopped(): one.asked = one.at.step == 6; return step()
+    one.take_step = stopped
+    with pytest.raises(KeyboardInterrupt): one.run()
+    two = tiny(tmp_path/'broken', .2, epochs=3.)
+    assert two.run() == 7 and torch.equal(two.flat.live, whole.flat.live)
+    plain = tiny(tmp_path/'plain', epochs=3.); plain.run()
+    assert not torch.equal(plain.flat.live, whole.flat.live)  # there is dropout at all
 
 
 TOGETHER = '''

@@ -219,6 +219,7 @@ def take_step(self:Training) -> torch.Tensor: # the norm of the gradient, on the
     i = self.at.step; total = sum(self.targets[k] for k in self.batches[i]); before = self.loss.clone()
     while True:
         try:
+            if not self.fused: torch.manual_seed((self.told.seed*1_000_003 + i)*1009 + self.rank)  # dropout, the same after an interruption
             for p in self.packs(i): self.micro(p, total)
             break
         except Exception as e:
