@@ -6,10 +6,11 @@
 __all__ = ['STEPS', 'JOBS', 'MIN_DISK', 'SAID', 'ABOUT', 'app', 'room', 'RunError', 'Interrupted', 'notebook_parameters', 'plan',
            'known_steps', 'look_first', 'check_values', 'step_keys', 'done_mark', 'is_done', 'without_lessons',
            'run_notebook', 'run_all', 'findings', 'show_frame', 'summary_figure', 'show_results', 'run', 'check',
-           'results']
+           'results', 'one_sentence', 'export_config', 'export', 'verify', 'push']
 
 # %% ../nbs/06_cluster.ipynb #64c1528f
 import ast, json, os, re, shutil, tempfile, threading, time
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -24,7 +25,7 @@ from .rows import DataError
 
 # %% ../nbs/06_cluster.ipynb #91c8a2cd
 STEPS = ('01_data', '02_lora', '03_quantization', '04_benchmark', '05_profiling') # what a run does where nothing else is said
-JOBS = (STEPS[0], '04f_templates', *STEPS[1:4], '04d_validity', '04e_specificity', '04g_replies', '04h_curve', *STEPS[4:], '02d_speed') # what it can do, in order
+JOBS = (STEPS[0], '04f_templates', '02e_rate', *STEPS[1:4], '04d_validity', '04e_specificity', '04g_replies', '04h_curve', '04i_sweep', *STEPS[4:], '05a_export', '02d_speed') # what it can do, in order
 
 def room(step:str) -> str:
     "The room that a step belongs to: the name of its module."
@@ -483,3 +484,67 @@ def results(name: Annotated[str, typer.Argument(help='a run in _runs, or a folde
     folder = rooted('_runs')/name if (rooted('_runs')/name).is_dir() else rooted(name)
     if not (folder/'records').is_dir(): Console(force_jupyter=False).print(f'There are no records in {tidy(folder)}: run `yothalia run --name {name}` first.'); raise typer.Exit(1)
     show_results(folder, Console(force_jupyter=False))
+
+# %% ../nbs/06_cluster.ipynb #06e00002
+@contextmanager
+def one_sentence(console:Console):
+    "Print an error as a sentence, and end with code 1."
+    try: yield
+    except (RunError, ModelError, ValueError) as e:
+        console.print('[bold red]Stopped:[/] ', end=''); console.print(str(e), markup=False, highlight=False, soft_wrap=True); raise typer.Exit(1)
+
+def export_config(name:str, **more): # ExportConfig
+    "Parameters of the export of a run: model and precision are those of its training."
+    from yothalia.export import ExportConfig
+    folder = rooted('_runs')/name
+    trained = next(iter(load_records(folder/'records', step='lora')), None)
+    if not trained: raise RunError(f'{tidy(folder)} has no trained adapter: run `yothalia run --name {name}` first, or name another run by --name.')
+    told = trained['run']['params']
+    return configure(ExportConfig, {k: told[k] for k in ('model', 'precision', 'template') if k in told} | dict(out=tidy(folder)) | more)
+
+# %% ../nbs/06_cluster.ipynb #06e00003
+@app.command()
+def export(name: Annotated[str, typer.Option(help='a run in _runs')] = 'default',
+           form: Annotated[list[str], typer.Option(help='merged, int8, nf4, nf4-dq, fp4, gguf, gguf-q8_0; several by several --form')] = ['merged'],
+           rows: Annotated[int, typer.Option(help='held-out rows that each export is asked about; 0 for all')] = 40,
+           questions: Annotated[int, typer.Option(help='questions of each track; 0 for all')] = 20):
+    "Write a run's character for other programs, and check that each export is still the one that was tested."
+    console = Console(force_jupyter=False)
+    with one_sentence(console):
+        from yothalia.export import export_all, export_table
+        cfg = export_config(name, forms=form, rows=rows, questions=questions)
+        with console.status('exports …'): made = export_all(cfg)
+        show_frame(export_table(made), 'Is it still the character that was tested?', console)
+        console.print(f"{'exports':12s}{cfg.out}/export", highlight=False, soft_wrap=True)
+        if not all(r['what']['same'] for r in made): raise typer.Exit(3)
+
+# %% ../nbs/06_cluster.ipynb #06e00004
+@app.command()
+def verify(place: Annotated[str, typer.Argument(help="a model's folder, a GGUF file, or the address of a server up to /v1")],
+           name: Annotated[str, typer.Option(help='the run in _runs that was tested')] = 'default',
+           model: Annotated[str, typer.Option(help='name of the model at the server')] = '',
+           precision: Annotated[str, typer.Option(help='at which its weights are held; else read from its folder')] = '',
+           rows: Annotated[int, typer.Option(help='held-out rows that it is asked about; 0 for all')] = 40,
+           questions: Annotated[int, typer.Option(help='questions of each track; 0 for all')] = 20):
+    "Is this still the character that was tested? Exit code 0 if it is, 3 if it is not."
+    console = Console(force_jupyter=False)
+    with one_sentence(console):
+        from yothalia.export import verify_export
+        cfg = export_config(name, rows=rows, questions=questions)
+        with console.status('asking …'): verdict = verify_export(cfg, place, model, precision)
+        console.print(str(verdict), markup=False, highlight=False, soft_wrap=True)
+        if not verdict.same: raise typer.Exit(3)
+
+# %% ../nbs/06_cluster.ipynb #06e00005
+@app.command()
+def push(folder: Annotated[str, typer.Argument(help='an export or an adapter')],
+         repo: Annotated[str, typer.Argument(help='owner/name at the hub')],
+         really: Annotated[bool, typer.Option('--really', help='upload; else only say what would be')] = False,
+         public: Annotated[bool, typer.Option('--public', help='for everybody to see')] = False):
+    "Upload an export to the hub; without --really only say what would be uploaded."
+    console = Console(force_jupyter=False)
+    with one_sentence(console):
+        from yothalia.export import push as upload, push_plan
+        files, _ = push_plan(folder)
+        if len(files): show_frame(files, tidy(rooted(folder)), console)
+        console.print(upload(folder, repo, really, not public), markup=False, highlight=False, soft_wrap=True)

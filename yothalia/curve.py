@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MEASURES', 'CurveConfig', 'curve_points', 'point_values', 'own_values', 'point_metrics', 'curve', 'one_point',
-           'condition_of', 'at', 'by_rows', 'curve_table', 'still_to_gain', 'plot_curve_of', 'point_scores',
-           'agreement', 'agreement_table']
+           'condition_of', 'at', 'by_rows', 'curve_table', 'values_of', 'still_to_gain', 'plot_curve_of',
+           'point_scores', 'agreement', 'agreement_table']
 
 # %% ../nbs/04h_curve.ipynb #b8a00004
 from itertools import combinations
@@ -57,7 +57,7 @@ def curve_points(cfg:CurveConfig, there:int # training rows
 
 # %% ../nbs/04h_curve.ipynb #b8a0000f
 MEASURES = {'speaker': 'accuracy', 'voice': 'accuracy', 'specificity': 'nats/token', 'loss': 'nats/token',
-            'own character': 'probability'} # name → unit
+            'own character': 'probability', 'stops': 'share'} # name → unit
 
 def point_values(cfg:CurveConfig, model, tok, asked:dict, # speaker, voice: questions; held: rows; lines, authors: rows
                  told:Template, adapter:str, # empty without one
@@ -78,18 +78,18 @@ def point_values(cfg:CurveConfig, model, tok, asked:dict, # speaker, voice: ques
         prior = (folder/'priors.jsonl', content_hash(adapter and adapter_hash(adapter), questions_hash(asked['voice'])))
         for k, o in score_cloze(model, tok, asked['voice'], cfg, frozenset(), how, prior) if asked['voice'] else []:
             add('voice', c, asked['voice'][k], np.argmax(o['pmi']) == asked['voice'][k]['answer'])
-        for o in own_values(cfg, model, tok, asked, c, told, adapter, folder): add('own character', c, o, o['value'])
+        for o in own_values(cfg, model, tok, asked, c, told, adapter, folder): add(o['measure'], c, o, o['value'])
     return out
 
 # %% ../nbs/04h_curve.ipynb #b8a00040
-def own_values(cfg, model, tok, asked, condition, told, adapter, folder) -> list[dict]: # id, cluster, value
-    "Whose the model's own replies sound like; nothing where none shall be said."
+def own_values(cfg, model, tok, asked, condition, told, adapter, folder) -> list[dict]: # measure, id, cluster, value
+    "Whose the model's own replies sound like, and whether they end by themselves; nothing where none shall be said."
     if not asked['lines']: return []
     how = RepliesConfig(sampled=1, **{k: getattr(cfg, k) for k in ('out', 'model', 'precision', 'template', 'new_tokens', 'group', 'seed')})
     said = replies_of(how, model, tok, asked['lines'], condition, told, adapter, folder/f'replies-{condition}.jsonl')
     p, _ = own_probability(said, asked['authors'])
-    return [dict(id=f"{o['id']}-{o['sample']}", cluster=o['character'], value=v)
-            for o, v in zip(said, p) if not np.isnan(v)]
+    line = lambda measure, o, v: dict(measure=measure, id=f"{o['id']}-{o['sample']}", cluster=o['character'], value=v)
+    return [line('own character', o, v) for o, v in zip(said, p) if not np.isnan(v)] + [line('stops', o, o['ended']) for o in said]
 
 # %% ../nbs/04h_curve.ipynb #b8a00013
 def point_metrics(values:list[dict]) -> dict[str,dict]: # 'condition measure' → metric
@@ -158,7 +158,7 @@ def curve_table(records:list[dict]) -> pd.DataFrame: # one line per point
     return pd.DataFrame(rows).fillna('')
 
 # %% ../nbs/04h_curve.ipynb #b8a00019
-def _values(record:dict, measure:str, told:bool) -> pd.DataFrame: # by id: cluster, value
+def values_of(record:dict, measure:str, told:bool) -> pd.DataFrame: # by id: cluster, value
     lines, c = read_jsonl(record['path'].parent/record['questions']), condition_of(record, told)
     lines = [o for o in lines if (o['measure'], o['condition']) == (measure, c)]
     return pd.DataFrame(lines, columns=['measure', 'condition', 'id', 'cluster', 'value']).set_index('id')
@@ -170,7 +170,7 @@ def still_to_gain(records:list[dict], measure:str='speaker', told:bool=True
     for last in [r for r in records if r['what']['train_rows'] == most]:
         for r in by_rows(records):
             if r is last or r['what']['rank'] not in (0, last['what']['rank']): continue
-            a, b = _values(r, measure, told), _values(last, measure, told)
+            a, b = values_of(r, measure, told), values_of(last, measure, told)
             if len(a) < 2 or set(a.index) != set(b.index): continue
             e = estimate(b['value'].loc[a.index] - a['value'], a['cluster'])
             out.append(dict(rows=r['what']['train_rows'], rank=last['what']['rank'], difference=e['value']) | {k: e[k] for k in ('low', 'high', 'p')})

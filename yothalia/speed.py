@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'TRAINERS', 'SpeedConfig', 'shaped', 'model_of', 'speed_rows', 'train_ours', 'train_padded', 'train_trl',
-           'measure_speed', 'speed_table', 'plot_speed']
+           'trained', 'trained_together', 'measure_speed', 'trainer_name', 'speed_table', 'plot_speed']
 
 # %% ../nbs/02d_speed.ipynb #02d00004
-import gc, tempfile, time
+import gc, json, subprocess, sys, tempfile, time
 from pathlib import Path
 from typing import Literal
 
@@ -44,6 +44,7 @@ class SpeedConfig(Config):
     batch: int = Field(4, ge=1)
     steps: int = Field(2, ge=1)
     micro_batch: int = Field(1, ge=1)
+    processes: list[int] = Field([1], min_length=1)
     pack_tokens: int = Field(0, ge=0)
     rank: int = Field(16, ge=1)
     learning_rate: float = Field(1e-4, gt=0, lt=1)
@@ -127,27 +128,56 @@ def train_trl(model, data:list[dict], cfg:SpeedConfig) -> list[dict]:
 TRAINERS = dict(ours=train_ours, padded=train_padded, trl=train_trl)
 
 # %% ../nbs/02d_speed.ipynb #02d00013
-def measure_speed(name:str, trainer:str, cfg:SpeedConfig, rate:float # a model or shape; a key of `TRAINERS`; FLOP/s
-                 ) -> tuple[dict, dict]: # metrics, what
-    "Train the rows with one trainer, and count."
+def trained(name:str, trainer:str, cfg:SpeedConfig # a model or shape; a key of `TRAINERS`
+           ) -> dict: # log, ready (seconds before the second step), bytes (peak), parameters
+    "Train the rows with one trainer."
+    start = time.perf_counter()
     model = model_of(name, cfg)
     data = speed_rows(cfg, plain(model).config.get_text_config().vocab_size)
-    n = matmul_parameters(model)
-    start = time.perf_counter()
+    loaded, n = time.perf_counter() - start, matmul_parameters(model)
     with peak_memory() as peak: log = TRAINERS[trainer](model, data, cfg)
-    ready = time.perf_counter() - start - (log[-1]['seconds']-log[0]['seconds'])
-    tokens, seconds = sum(l['tokens'] for l in log[1:]), log[-1]['seconds']-log[0]['seconds']
-    speed = tokens/seconds
-    weights = np.array([l['tokens'] for l in log])
-    made = {'throughput': metric(speed, 'tokens/s'), 'share of matmul rate': metric(4*n*speed/rate, 'share'), 'peak memory': metric(peak['bytes']/1e9, 'GB'),
-            'before the second step': metric(ready, 's'), 'loss': metric(float(np.average([l['loss'] for l in log], weights=weights)), 'nats/token'),
-            'gradient norm': metric(log[-1]['grad_norm'], ''), 'tokens': metric(int(weights.sum()), 'tokens')}
-    return made, {k: log[-1][k] for k in ('pack_tokens', 'graphs', 'liger') if k in log[-1]}
+    ready = time.perf_counter() - start - loaded - (log[-1]['seconds']-log[0]['seconds'])
+    return dict(log=log, ready=ready, bytes=peak['bytes'], parameters=n)
+
+# %% ../nbs/02d_speed.ipynb #02d00013c
+def trained_together(name:str, cfg:SpeedConfig, processes:int) -> dict: # as `trained`, of the first process
+    "Train the rows with our loop in several processes, one for each GPU."
+    with tempfile.TemporaryDirectory() as box:
+        (Path(box)/'told.json').write_text(cfg.model_dump_json())
+        got = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={processes}', '-m', 'yothalia.speed', name, box], capture_output=True, text=True)
+        if got.returncode: raise TrainError(f'{processes} processes could not train {name} together: {(got.stderr.strip().splitlines() or ["no reason given"])[-1]}')
+        return json.loads((Path(box)/'made.json').read_text())
+
+def _one_of_several(name:str, box:Path):
+    "What each of the processes does."
+    join_processes()
+    made = trained(name, 'ours', SpeedConfig(**json.loads((box/'told.json').read_text())))
+    if world()[0] == 0: (box/'made.json').write_text(json.dumps(made))
+    torch.distributed.destroy_process_group()
+
+if __name__ == '__main__' and Path(sys.argv[0]).stem == 'speed': _one_of_several(sys.argv[1], Path(sys.argv[2]))
+
+# %% ../nbs/02d_speed.ipynb #02d00013d
+def measure_speed(name:str, trainer:str, cfg:SpeedConfig, rate:float, # a model or shape; a key of `TRAINERS`; FLOP/s of one device
+                  processes:int=1) -> tuple[dict, dict]: # metrics, what
+    "Train, and count."
+    made = trained(name, trainer, cfg) if processes == 1 else trained_together(name, cfg, processes)
+    log, weights = made['log'], np.array([l['tokens'] for l in made['log']])
+    speed = weights[1:].sum()/(log[-1]['seconds']-log[0]['seconds'])
+    out = {'throughput': metric(speed, 'tokens/s'), 'share of matmul rate': metric(4*made['parameters']*speed/rate/processes, 'share'), 'peak memory': metric(made['bytes']/1e9, 'GB'),
+           'before the second step': metric(made['ready'], 's'), 'loss': metric(float(np.average([l['loss'] for l in log], weights=weights)), 'nats/token'),
+           'gradient norm': metric(log[-1]['grad_norm'], ''), 'tokens': metric(int(weights.sum()), 'tokens')}
+    return out, {k: log[-1][k] for k in ('pack_tokens', 'graphs', 'liger') if k in log[-1]} | dict(processes=processes)
 
 # %% ../nbs/02d_speed.ipynb #02d00013x
+def trainer_name(record:dict) -> str:
+    "The trainer, and on how many devices if there were several."
+    w = record['what']
+    return w['trainer'] + (f", {w['processes']} devices" if w.get('processes', 1) > 1 else '')
+
 def speed_table(records:list[dict]) -> pd.DataFrame:
     "A line for each model and trainer, with the speed as a multiple of the slowest."
-    rows = [dict(model=r['what']['model'], precision=r['what']['precision'], trainer=r['what']['trainer'], **{k: m['value'] for k, m in r['metrics'].items()}) for r in records]
+    rows = [dict(model=r['what']['model'], precision=r['what']['precision'], trainer=trainer_name(r), **{k: m['value'] for k, m in r['metrics'].items()}) for r in records]
     t = pd.DataFrame(rows)
     t['times the slowest'] = t['throughput'] / t.groupby(['model', 'precision'])['throughput'].transform('min')
     return t
@@ -159,7 +189,7 @@ def plot_speed(records:list[dict], ax=None):
     t = speed_table(records)
     ax = ax or plt.subplots(figsize=(7, .5 + .4*len(t)), layout='constrained')[1]
     names = [f'{m}, {p}: {n}' for m, p, n in zip(t.model, t.precision, t.trainer)]
-    ax.barh(names[::-1], t.throughput[::-1], color=['tab:green' if n == 'ours' else 'tab:gray' for n in t.trainer][::-1])
+    ax.barh(names[::-1], t.throughput[::-1], color=['tab:green' if n.startswith('ours') else 'tab:gray' for n in t.trainer][::-1])
     for y, (v, s) in enumerate(zip(t.throughput[::-1], t['share of matmul rate'][::-1])): ax.text(v, y, f' {v:,.0f} ({s:.0%})', va='center', fontsize=8)
     ax.set(xscale='log', xlabel='tokens per second (share of the matrix rate)'); ax.margins(x=.2)
     return ax
