@@ -14,7 +14,7 @@ from .core import Config, Field
 from .models import *
 import numpy as np, pandas as pd
 from .data import data_hash, ensure_data, lesson_rows, load_split
-from .packing import packed
+from .packing import example_nll, packed
 from .prompts import *
 from .training import *
 from .lora import LoraConfig, add_lora, examples, token_budget
@@ -42,17 +42,20 @@ def smoothed(losses, keep:float=.8) -> np.ndarray: # (n,)
     for i, l in enumerate(losses): mean = keep*mean + (1-keep)*l; out.append(mean/(1-keep**(i+1)))
     return np.array(out)
 
-def rising(t:Training, lowest:float, highest:float, steps:int) -> list[dict]: # step, learning_rate, loss, grad_norm
+def rising(t:Training, lowest:float, highest:float, steps:int) -> list[dict]: # step, learning_rate, loss, grad_norm, change (of the loss on the step's rows)
     "Steps with a learning rate that grows by the same factor each time."
     rates = np.geomspace(lowest, highest, steps)
     t.learning_rate = lambda i: float(rates[min(i, steps-1)])
     t.batches = step_batches(len(t.train), t.told.batch, math.ceil(steps*t.told.batch/len(t.train)), t.told.seed)[:steps]
+    before = np.array(example_nll(t.model, t.train)); t.model.train()
     t.mark = time.perf_counter()
     with packed(t.model):
         for _ in progress(range(len(t.batches)), 'learning rate'):
             try: t.note(t.take_step())
             except TrainError: break
-            s = smoothed([l['loss'] for l in t.at.log])
+            rows = t.batches[t.at.step-1]
+            t.at.log[-1]['change'] = t.at.log[-1]['loss'] - float(before[0][rows].sum()/before[1][rows].sum())
+            s = smoothed([l['change'] for l in t.at.log])
             if s[-1] > s.min() + 1: break
     return [l for l in t.at.log if math.isfinite(l['loss'])]
 
@@ -60,7 +63,7 @@ def rising(t:Training, lowest:float, highest:float, steps:int) -> list[dict]: # 
 def suggested(log:list[dict]) -> dict[str,float]: # 'steepest', 'tenth of the lowest'; empty if the loss never fell
     "Rates that are worth a training."
     if len(log) < 5: return {}
-    rate, s = np.array([l['learning_rate'] for l in log]), smoothed([l['loss'] for l in log])
+    rate, s = np.array([l['learning_rate'] for l in log]), smoothed([l['change'] for l in log])
     low = int(s.argmin())
     if low < 2 or s[0] - s[low] < .02: return {}
     slope = np.gradient(s[:low+1], np.log(rate[:low+1]))
@@ -69,10 +72,10 @@ def suggested(log:list[dict]) -> dict[str,float]: # 'steepest', 'tenth of the lo
 def plot_rates(log:list[dict], ax=None):
     "Loss over a rising learning rate, as measured and smoothed, with the suggestions."
     ax = ax or plt_axes()
-    rate, loss = [l['learning_rate'] for l in log], [l['loss'] for l in log]
+    rate, loss = [l['learning_rate'] for l in log], [l['change'] for l in log]
     ax.plot(rate, loss, '.', color='#949494', label='each step'); ax.plot(rate, smoothed(loss), color='#029e73', label='smoothed')
     for (name, r), style in zip(suggested(log).items(), ('--', ':')): ax.axvline(r, ls=style, color='#de8f05', label=f'{name}: {r:.1e}')
-    ax.set(xscale='log', xlabel='learning rate', ylabel='loss (nats per token)', title='How large may the steps be?'); ax.legend(fontsize=8)
+    ax.set(xscale='log', xlabel='learning rate', ylabel='change of the loss (nats per token)', title='How large may the steps be?'); ax.legend(fontsize=8)
     return ax
 
 def plt_axes():

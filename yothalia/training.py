@@ -341,6 +341,25 @@ def aside(self:Training, *jobs):
     if self.device.type == 'cuda': torch.cuda.synchronize(self.device)
     self.at.seconds = self.spent(); [j() for j in jobs]; self.mark = time.perf_counter()
 
+# %% ../nbs/02c_training.ipynb #02c00016b
+@patch
+def forecast(self:Training) -> dict: # steps, tokens; seconds, and bytes on a GPU, where there is enough to do
+    "What the training will take, from a trial with its first pack."
+    out = dict(steps=len(self.batches), tokens=sum(self.lengths[k] for b in self.batches for k in b))
+    if out['tokens'] < 20*min(self.size, 2048): return out
+    p = self.packs(0)[0].to(self.device)
+    try:
+        with packed(self.model):
+            for _ in range(2):
+                start = time.perf_counter(); self.there_and_back(p, 1.)
+                if self.device.type == 'cuda': torch.cuda.synchronize(self.device)
+        out['seconds'] = (time.perf_counter()-start)/p.ids.shape[1]*out['tokens']/self.processes
+        if self.device.type == 'cuda': out['bytes'] = torch.cuda.max_memory_allocated(self.device)
+    except Exception as e:
+        if not out_of_memory(e): raise
+    for v in (self.flat.sum, self.flat.grad, self.loss): v.zero_()
+    return out
+
 # %% ../nbs/02c_training.ipynb #02c00017y
 @patch
 def run(self:Training) -> int: # the step that was taken up
