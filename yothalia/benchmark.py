@@ -37,7 +37,8 @@ class Mode:
     "A way of asking."
     readings: tuple[str, ...]  # how an answer can be read; the first is the headline where none was chosen
     most: str = ''             # the parameter with the number of questions that it is asked; empty for all
-    score: Callable|None = None # (model, tok, qs, cfg, done, template, …) → (number, fields of its line), set by `scores`
+    # (model, tok, qs, cfg, done, template, …) → (number, fields of its line), set by `scores`
+    score: Callable|None = None
 
 MODES = {'cloze': Mode(('pmi', 'token', 'sum', 'byte')), 'letter': Mode(('letter',), 'letter_questions'),
          'generate': Mode(('strict', 'lenient'), 'generate_questions')}
@@ -78,7 +79,8 @@ def conditions(qs:list[dict], # questions of one track
                adapter:bool) -> list[str]: # keys of `CONDITIONS`
     "In which conditions these questions can be asked."
     speaker, told = TRACKS[qs[0].get('track', 'random')].varies == 'persona', any(q['instruction'] for q in qs)
-    return [c for c, (persona, on) in CONDITIONS.items() if (adapter or not on) and (told or not persona) and (persona or not speaker)]
+    return [c for c, (persona, on) in CONDITIONS.items() if (adapter or not on) and (told or not persona)
+            and (persona or not speaker)]
 
 # %% ../nbs/04_benchmark.ipynb #ed389ef7
 def question_item(q:dict, tok, template:Template=PERSONA, # a question, the model's tokenizer, how the character is told
@@ -169,7 +171,8 @@ def by_question(model, items:list[list[Item]], # the items of each question
 # %% ../nbs/04_benchmark.ipynb #038e9980
 def score_speaker(model, tok, qs, cfg, done, template:Template=PERSONA, known=None):
     "Yields (number, log-likelihood of the reply under each persona: sum, and mean per token)."
-    items = [[question_item(q | dict(instruction=p, choices=[q['reply']]), tok, template, cfg.max_reply, cfg.max_context) for p in q['choices']] for q in qs]
+    items = [[question_item(q | dict(instruction=p, choices=[q['reply']]), tok, template, cfg.max_reply,
+                            cfg.max_context) for p in q['choices']] for q in qs]
     for k, s in by_question(model, items, cfg.budget, done, known):
         sums = np.concatenate(s)
         yield k, dict(sum=np.round(sums, 5).tolist(), token=np.round(sums/len(items[k][0].choices[0]), 5).tolist())
@@ -177,10 +180,12 @@ def score_speaker(model, tok, qs, cfg, done, template:Template=PERSONA, known=No
 @scores('cloze')
 def score_cloze(model, tok, qs, cfg, done, template:Template, prior=('', ''), known=None): # path and key of the file with the replies alone
     "Yields (number, scores of the choices) of the questions that are not done: by sum, token, byte and PMI, or by sum where the personas vary."
-    if TRACKS[qs[0].get('track', 'random')].varies == 'persona': yield from score_speaker(model, tok, qs, cfg, done, template, known); return
+    if TRACKS[qs[0].get('track', 'random')].varies == 'persona':
+        yield from score_speaker(model, tok, qs, cfg, done, template, known); return
     items = [question_item(q, tok, template, cfg.max_reply, cfg.max_context) for q in qs]
     priors = prior_scores(model, tok, [c for q in qs for c in q['choices']], *prior, cfg.max_reply, cfg.budget)
-    for k, s in score_once(model, items, cfg.budget, done, known): yield k, normalised(items[k], tok, s, np.array([priors[c] for c in qs[k]['choices']]))
+    for k, s in score_once(model, items, cfg.budget, done, known):
+        yield k, normalised(items[k], tok, s, np.array([priors[c] for c in qs[k]['choices']]))
 
 # %% ../nbs/04_benchmark.ipynb #0ddb2f6c
 def original_prompt(q:dict, persona:bool=True) -> str:
@@ -200,7 +205,8 @@ def label_ids(tok, n:int # options
     "How the tokenizer writes No.0 … No.n-1; an error if the numbers are not told apart by one token."
     full = [tok(f'No.{i}', add_special_tokens=False)['input_ids'] for i in range(n)]
     start = full[0][:-1]
-    if any(f[:-1] != start for f in full) or len({f[-1] for f in full}) < n: raise DataError('this tokenizer does not tell No.0 … by one token: use modes cloze and generate')
+    if any(f[:-1] != start for f in full) or len({f[-1] for f in full}) < n:
+        raise DataError('this tokenizer does not tell No.0 … by one token: use modes cloze and generate')
     return start, [f[-1] for f in full]
 
 def rotated(q:dict, r:int) -> dict: # choice i stands at number (i+r) mod n
@@ -211,7 +217,8 @@ def rotated(q:dict, r:int) -> dict: # choice i stands at number (i+r) mod n
 def letter_items(q:dict, tok, persona:bool) -> list[Item]: # one for each rotation
     "The original's question in every rotation, with the numbers as choices."
     start, labels = label_ids(tok, len(q['choices']))
-    return [Item(tok(ask(rotated(q, r), tok, persona), add_special_tokens=False)['input_ids'] + start, [[l] for l in labels]) for r in range(len(q['choices']))]
+    return [Item(tok(ask(rotated(q, r), tok, persona), add_special_tokens=False)['input_ids'] + start,
+                 [[l] for l in labels]) for r in range(len(q['choices']))]
 
 # %% ../nbs/04_benchmark.ipynb #5476b67a
 @scores('letter')
@@ -219,7 +226,8 @@ def score_letter(model, tok, qs, cfg, done, template:Template, prior=None, known
     "Yields (number, mean log-probability of each choice over the rotations, and the numbers' in each rotation)."
     for k, s in by_question(model, [letter_items(q, tok, template is not BARE) for q in qs], cfg.budget, done):
         each = np.round(s, 5)
-        yield k, dict(letter=np.mean([np.roll(o, -r) for r, o in enumerate(each)], 0).round(5).tolist(), rotations=each.tolist())
+        yield k, dict(letter=np.mean([np.roll(o, -r) for r, o in enumerate(each)], 0).round(5).tolist(),
+                      rotations=each.tolist())
 
 # %% ../nbs/04_benchmark.ipynb #657f89ac
 def parse_strict(text:str, n:int=5) -> int|None:
@@ -235,7 +243,8 @@ def parse_lenient(text:str, n:int=5) -> int|None:
 def answered(model, tok, q:dict, persona:bool, new_tokens:int=16, temperature:float=0, seed:int=0) -> dict:
     "What the model says, greedily or sampled, and how it is read."
     if temperature: seed_everything(int(content_hash(q['choices'], seed)[:8], 16))
-    said = speak(model, tok, ask(q, tok, persona), new_tokens, **(dict(do_sample=True, temperature=temperature, top_p=.9) if temperature else {}))
+    said = speak(model, tok, ask(q, tok, persona), new_tokens,
+                 **(dict(do_sample=True, temperature=temperature, top_p=.9) if temperature else {}))
     n = len(q['choices'])
     return dict(said=said, strict=parse_strict(said, n), lenient=parse_lenient(said, n))
 
@@ -243,7 +252,8 @@ def answered(model, tok, q:dict, persona:bool, new_tokens:int=16, temperature:fl
 def score_generate(model, tok, qs, cfg, done, template:Template, prior=None, known=None):
     "Yields (number, what was said and how it is read)."
     for k, q in enumerate(qs):
-        if k not in done: yield k, answered(model, tok, q, template is not BARE, temperature=cfg.temperature, seed=cfg.seed)
+        if k not in done: yield k, answered(model, tok, q, template is not BARE, temperature=cfg.temperature,
+                                            seed=cfg.seed)
 
 # %% ../nbs/04_benchmark.ipynb #ad6bb7ca
 def accuracy(right # (n,) right or wrong
@@ -279,7 +289,8 @@ def summary(lines:list[dict], mode:str, headline:str='pmi') -> dict[str,dict]: #
     if 'rotations' in lines[0]:  # of the rotations in which the true reply stood there, how many chose it
         at = [((o['answer']+r) % len(s), int(np.argmax(s))) for o in lines for r, s in enumerate(o['rotations'])]
         out |= {f'recall at No.{k}': accuracy([c == k for a, c in at if a == k]) for k in sorted({a for a, _ in at})}
-    if 'said' in lines[0]: out |= {f'format errors {b}': accuracy([o[b] is None for o in lines]) | dict(unit='share') for b in by}
+    if 'said' in lines[0]:
+        out |= {f'format errors {b}': accuracy([o[b] is None for o in lines]) | dict(unit='share') for b in by}
     return out
 
 # %% ../nbs/04_benchmark.ipynb #6e977d77
@@ -293,12 +304,14 @@ def score_all(cfg:BenchmarkConfig, model, tok, qs:list[dict], mode:str, conditio
     "Score all questions of one track in one mode and condition."
     tells, on = CONDITIONS[condition]
     template = told if tells else BARE
-    setting = [what, cfg.max_reply, cfg.max_context, device_info()['device'], *(package_dir()/f'{m}.py' for m in ('benchmark', 'scoring', 'prompts'))]
+    setting = [what, cfg.max_reply, cfg.max_context, device_info()['device'],
+               *(package_dir()/f'{m}.py' for m in ('benchmark', 'scoring', 'prompts'))]
     key = content_hash(setting, (cfg.temperature, cfg.seed) if mode == 'generate' else 0)
     prior = rooted(cfg.out)/'priors'/f"{qs[0]['track']}-{what['questions_hash']}-{'adapter' if on else 'base'}.jsonl", key_of_prior(setting, on)
     with switched(model, on):
         known = None if known is None else known.setdefault(on, {})
-        score = lambda done: ((k, about(qs[k]) | o) for k, o in MODES[mode].score(model, tok, qs, cfg, done, template, prior, known))
+        score = lambda done: ((k, about(qs[k]) | o) for k, o in MODES[mode].score(model, tok, qs, cfg, done, template,
+            prior, known))
         return write_lines(path, key, [q['id'] for q in qs], score, f"{qs[0]['track']} {mode} {condition}")
 
 def key_of_prior(setting:list, on:bool) -> str:
@@ -309,37 +322,46 @@ def key_of_prior(setting:list, on:bool) -> str:
 # %% ../nbs/04_benchmark.ipynb #398afd55
 def described(cfg:BenchmarkConfig) -> dict:
     "What all records of a run have in common."
-    return dict(step='benchmark', model=model_name(cfg.model), precision=cfg.precision, data_hash=data_hash(cfg.out), options=cfg.options, split=split_kind(cfg.out))
+    return dict(step='benchmark', model=model_name(cfg.model), precision=cfg.precision, data_hash=data_hash(cfg.out),
+                options=cfg.options, split=split_kind(cfg.out))
 
+# %% ../nbs/04_benchmark.ipynb #398afd55x
 def split_kind(out:str|Path) -> str:
     "What the test rows are to whoever learnt from the training rows."
     seen, asked = ({r['character'] for r in read_jsonl(rooted(out)/'data'/f'{p}.jsonl')} for p in ('train', 'test'))
     return 'unseen lines of known characters' if asked <= seen else 'unseen characters' if not asked & seen else 'known and unseen characters'
 
+# %% ../nbs/04_benchmark.ipynb #398afd55y
 def template_of(cfg:BenchmarkConfig, condition:str) -> str:
     "Name and hash of the prompt template that is used in a condition, for records."
     return template_id(run_template(cfg.out, cfg.template) if CONDITIONS[condition][0] else 'bare')
 
+# %% ../nbs/04_benchmark.ipynb #398afd55z
 def dev_questions_of(cfg:BenchmarkConfig, track:str) -> list[dict]:
     "Questions of a track from the held-out rows, on which readings and rules are chosen; empty if there are none."
     path = rooted(cfg.out)/'data'/'valid.jsonl'
     try: return make_questions(read_jsonl(path), 0, cfg.options, cfg.seed, track) if path.exists() else []
     except DataError: return []
 
+# %% ../nbs/04_benchmark.ipynb #398afd55w
 def choose_headline(cfg:BenchmarkConfig, model, tok, what:dict, # model, precision and the like
                     track:str, told:Template=PERSONA) -> dict: # headline, and what it was chosen by
     "Choose the normalisation of `cloze` on held-out rows; ties go to the earlier one."
     if TRACKS[track].varies == 'persona': return dict(headline='sum', chosen_by='nothing: the choices share one reply')
     if not cfg.dev_questions: return dict(headline='pmi', chosen_by='nothing: no dev questions')
     dev, hits = dev_questions_of(cfg, track)[:cfg.dev_questions], defaultdict(list)
-    if len(dev) < 100: return dict(headline='pmi', chosen_by=f'nothing: {len(dev)} dev questions of this track are too few to choose by')
+    if len(dev) < 100:
+        return dict(headline='pmi',
+                    chosen_by=f'nothing: {len(dev)} dev questions of this track are too few to choose by')
     for condition in [c for c in conditions(dev, False) if c in ('base', 'prompt')]:
         path = rooted(cfg.out)/'records'/f'dev-{track}-{condition}.questions.jsonl'
-        setting = what | dict(mode='cloze', condition=condition, adapter='', questions_hash=questions_hash(dev), template=template_of(cfg, condition))
+        setting = what | dict(mode='cloze', condition=condition, adapter='', questions_hash=questions_hash(dev),
+                              template=template_of(cfg, condition))
         lines = score_all(cfg, model, tok, dev, 'cloze', condition, path, setting, told=told)
         for n in MODES['cloze'].readings: hits[n] += right(lines, n).tolist()
     shares = {n: round(float(np.mean(v)), 4) for n, v in hits.items()}
-    return dict(headline=max(shares, key=shares.get), chosen_by=f'{len(dev)} dev questions, base and prompt: {json.dumps(shares)}')
+    return dict(headline=max(shares, key=shares.get),
+                chosen_by=f'{len(dev)} dev questions, base and prompt: {json.dumps(shares)}')
 
 # %% ../nbs/04_benchmark.ipynb #a86ffdae
 def in_mode(cfg:BenchmarkConfig, qs:list[dict], mode:str, track:str) -> list[dict]:
@@ -359,16 +381,20 @@ def benchmark(cfg:BenchmarkConfig, model, tok, tracks:dict[str,list[dict]], adap
         chosen = choose_headline(cfg, model, tok, base, track, told)
         for mode in cfg.modes:
             some = in_mode(cfg, qs, mode, track)
-            out += [one_record(cfg, model, tok, some, mode, c, base, chosen, adapter, known, told) for c in conditions(some, bool(adapter))] if some else []
+            out += [one_record(cfg, model, tok, some, mode, c, base, chosen, adapter, known, told)
+                    for c in conditions(some, bool(adapter))] if some else []
         alone = next((r['lines'] for r in out if (r['what']['track'], r['what']['mode']) == (track, 'cloze')), [])
-        out.append(save_rules(folder, qs, base, cfg.model_dump(), alone, dev_questions_of(cfg, track), read_jsonl(rooted(cfg.out)/'data'/'train.jsonl')))
+        out.append(save_rules(folder, qs, base, cfg.model_dump(), alone, dev_questions_of(cfg, track),
+                              read_jsonl(rooted(cfg.out)/'data'/'train.jsonl')))
     return out
 
 # %% ../nbs/04_benchmark.ipynb #d0d15ac0
-def one_record(cfg, model, tok, qs:list[dict], mode:str, condition:str, base:dict, chosen:dict, adapter:str, known:dict, told:Template) -> dict:
+def one_record(cfg, model, tok, qs:list[dict], mode:str, condition:str, base:dict, chosen:dict, adapter:str, known:dict,
+               told:Template) -> dict:
     "Score one track in one mode and condition, and write its record."
     used = adapter_hash(adapter) if CONDITIONS[condition][1] else ''
-    what = base | dict(track=qs[0]['track'], mode=mode, condition=condition, adapter=used, questions_hash=questions_hash(qs),
+    what = base | dict(track=qs[0]['track'], mode=mode, condition=condition, adapter=used,
+                       questions_hash=questions_hash(qs),
                    template=template_of(cfg, condition))
     path = rooted(cfg.out)/'records'/f"benchmark-{what['track']}-{mode}-{condition}.questions.jsonl"
     sets = dict(Counter(q['made'] for q in qs if 'made' in q))
@@ -376,7 +402,8 @@ def one_record(cfg, model, tok, qs:list[dict], mode:str, condition:str, base:dic
     if sets: what['sets'] = sets
     if mode != 'generate': what['engine'] = road(model)
     what |= chosen if mode == 'cloze' else dict(temperature=cfg.temperature) if mode == 'generate' else {}
-    return save_record(path.with_name(path.name.replace('.questions.jsonl', '.json')), what, summary(lines, mode, chosen['headline']), cfg.model_dump(), path) | dict(lines=lines)
+    return save_record(path.with_name(path.name.replace('.questions.jsonl', '.json')), what,
+                       summary(lines, mode, chosen['headline']), cfg.model_dump(), path) | dict(lines=lines)
 
 # %% ../nbs/04_benchmark.ipynb #9e95f15d
 def headline_of(record:dict) -> str:
@@ -387,14 +414,17 @@ def headline_of(record:dict) -> str:
 def accuracy_table(records:list[dict]) -> pd.DataFrame: # rows: mode and reading; columns: conditions
     "Accuracies with intervals, one line per track, mode and way of reading it, one column per condition; * marks the headline."
     cells = defaultdict(dict)
-    for r in sorted(records, key=lambda r: (list(TRACKS).index(r['what']['track']), [*MODES, 'rules'].index(r['what']['mode']))):
+    for r in sorted(records, key=lambda r: (list(TRACKS).index(r['what']['track']),
+                                            [*MODES, 'rules'].index(r['what']['mode']))):
         for name, m in r['metrics'].items():
             if name.startswith('recall'): continue
             by = name.removeprefix('accuracy ') + '*'*(name == f"accuracy {headline_of(r)}")
             cell, c = cells[r['what']['track'], r['what']['mode'], by, m['n']], r['what']['condition']
-            if c in cell: raise ValueError(f"two records of track {r['what']['track']}, mode {r['what']['mode']}, condition {c}: say which is meant")
+            if c in cell:
+                raise ValueError(f"two records of track {r['what']['track']}, mode {r['what']['mode']}, condition {c}: say which is meant")
             cell[c] = str(Metric(m))
-    table = pd.DataFrame([dict(zip(('track', 'mode', 'read by', 'n'), k)) | v for k, v in cells.items()], columns=None if cells else ['track', 'mode', 'read by', 'n'])
+    table = pd.DataFrame([dict(zip(('track', 'mode', 'read by', 'n'), k)) | v for k, v in cells.items()],
+                         columns=None if cells else ['track', 'mode', 'read by', 'n'])
     order = [c for c in (*CONDITIONS, 'none') if c in table]
     return table[['track', 'mode', 'read by', 'n', *order]].rename(columns={'none': 'no model'}).fillna('')
 
@@ -404,11 +434,14 @@ def brief_table(records:list[dict]) -> pd.DataFrame: # one line per track and mo
     best = {}
     for r in records:
         if r['what']['mode'] == 'rules':
-            if (k := r['what'].get('rule')): best[r['what']['track']] = f"{k} {r['metrics'][k]['value']:.2f}, chance {r['metrics']['chance']['value']:.2f}"
+            if (k := r['what'].get('rule')):
+                best[r['what']['track']] = f"{k} {r['metrics'][k]['value']:.2f}, chance {r['metrics']['chance']['value']:.2f}"
     table = accuracy_table([r for r in records if r['what']['mode'] != 'rules'])
-    table = table[table['read by'].str.endswith('*') | (table['read by'] == 'format errors strict')].reset_index(drop=True)
+    table = table[table['read by'].str.endswith('*')
+                  | (table['read by'] == 'format errors strict')].reset_index(drop=True)
     table['read by'] = table['read by'].str.rstrip('*').replace('format errors strict', 'format errors')
-    return table.assign(**{'rule': [best.get(t, '') if m == 'cloze' else '' for t, m in zip(table.track, table['mode'])]})
+    return table.assign(**{'rule': [best.get(t, '') if m == 'cloze' else ''
+                                    for t, m in zip(table.track, table['mode'])]})
 
 # %% ../nbs/04_benchmark.ipynb #68b4f5a1
 def _rules_of(got:dict, track:str) -> list[tuple[float, str, str]]: # value, marker, label
@@ -418,25 +451,31 @@ def _rules_of(got:dict, track:str) -> list[tuple[float, str, str]]: # value, mar
     rule = r['metrics'].get(r['what'].get('rule'))
     return ([(rule['value'], 'D', 'rule')] if rule else []) + [(r['metrics']['chance']['value'], '|', 'chance')]
 
+# %% ../nbs/04_benchmark.ipynb #68b4f5a1x
 def plot_accuracy(records:list[dict], ax=None):
     "Accuracy by the headline in each track and mode with Wilson intervals; the rule chosen on held-out rows, and chance."
     import matplotlib.pyplot as plt
     got = defaultdict(dict)
     for r in records: got[r['what']['track'], r['what']['mode']][r['what']['condition']] = r
-    rows = sorted((m for m in got if m[1] in MODES), key=lambda m: (list(TRACKS).index(m[0]), list(MODES).index(m[1])))[::-1]
+    rows = sorted((m for m in got if m[1] in MODES), key=lambda m: (list(TRACKS).index(m[0]),
+                                                                    list(MODES).index(m[1])))[::-1]
     ax = ax or plt.subplots(figsize=(8, .8*len(rows)+1), layout='constrained')[1]
     for y, at in enumerate(rows):
         there = [c for c in CONDITIONS if c in got[at]]
         for j, c in enumerate(there):
             m, h = next(iter(got[at][c]['metrics'].values())), y + .32 - .64*(j+.5)/len(there)
-            ax.plot(m['interval'], [h]*2, color=COLOURS[c], lw=2, solid_capstyle='round'); ax.plot(m['value'], h, 'o', color=COLOURS[c])
-            ax.annotate(c, (m['interval'][1], h), xytext=(5, 0), textcoords='offset points', va='center', fontsize=8, color=COLOURS[c])
+            ax.plot(m['interval'], [h]*2, color=COLOURS[c], lw=2, solid_capstyle='round')
+            ax.plot(m['value'], h, 'o', color=COLOURS[c])
+            ax.annotate(c, (m['interval'][1], h), xytext=(5, 0), textcoords='offset points', va='center', fontsize=8,
+                        color=COLOURS[c])
         for x, marker, label in _rules_of(got, at[0]) if at[1] == 'cloze' else []:
             ax.plot(x, y-.4, marker, color='gray', ms=9 if marker == '|' else 5)
-            ax.annotate(label, (x, y-.4), xytext=(5, 0), textcoords='offset points', va='center', fontsize=7, color='gray')
+            ax.annotate(label, (x, y-.4), xytext=(5, 0), textcoords='offset points', va='center', fontsize=7,
+                        color='gray')
     n = {m: next(iter(next(iter(got[m].values()))['metrics'].values()))['n'] for m in rows}
     ax.set_yticks(range(len(rows)), [f'{t}, {m}\n(n={n[t, m]:,})' for t, m in rows])
-    ax.set(xlim=(-.02, 1.12), ylim=(-.6, len(rows)-.4), xlabel='accuracy, with 95% intervals', title='Who is speaking? Which reply is the character\'s?')
+    ax.set(xlim=(-.02, 1.12), ylim=(-.6, len(rows)-.4), xlabel='accuracy, with 95% intervals',
+           title='Who is speaking? Which reply is the character\'s?')
     ax.set_xticks(np.arange(0, 1.01, .2)); ax.grid(axis='x', alpha=.25)
     return ax
 
@@ -454,7 +493,8 @@ def model_replies(model, tok, rows:list[dict], path:Path, key:str, # the file, a
             prompts = [render(within(first[u], tok, BARE, 1024), tok, BARE)[0] for u in g]
             greedy = speak_many(model, tok, prompts, new_tokens)
             seed_everything(seed+k)
-            more = speak_many(model, tok, [p for p in prompts for _ in range(sampled)], new_tokens, do_sample=True, temperature=.8, top_p=.95)
+            more = speak_many(model, tok, [p for p in prompts for _ in range(sampled)], new_tokens, do_sample=True,
+                              temperature=.8, top_p=.95)
             yield k, dict(said=[[s, *more[i*sampled:(i+1)*sampled]] for i, s in enumerate(greedy)])
     with switched(model, False): got = write_lines(path, key, [content_hash(g) for g in groups], write, 'rivals')
     return {u: s for g, o in zip(groups, got) for u, s in zip(g, o['said'])}
@@ -466,8 +506,10 @@ def ask_tracks(cfg:BenchmarkConfig, model, tok, test:list[dict]) -> dict[str,lis
         out = make_tracks(test, [t for t in tracks if not TRACKS[t].alone], cfg.questions, cfg.options, cfg.seed)
         for t in (t for t in tracks if TRACKS[t].alone):
             some = Pool(test, cfg.seed).rows[:min((n for n in (cfg.questions, cfg.own_questions) if n), default=None)]
-            path, key = rooted(cfg.out)/'priors'/'model-replies.jsonl', content_hash(model_name(cfg.model), cfg.precision, cfg.seed, package_dir()/'prompts.py')
-            out |= make_tracks(some, [t], 0, cfg.options, cfg.seed, said=model_replies(model, tok, some, path, key, seed=cfg.seed))
+            path, key = rooted(cfg.out)/'priors'/'model-replies.jsonl', content_hash(model_name(cfg.model),
+                cfg.precision, cfg.seed, package_dir()/'prompts.py')
+            out |= make_tracks(some, [t], 0, cfg.options, cfg.seed,
+                               said=model_replies(model, tok, some, path, key, seed=cfg.seed))
         return {t: out[t] for t in tracks}
     asked = made(cfg.tracks)
     return asked if any(asked.values()) else asked | made(cfg.otherwise)

@@ -30,7 +30,8 @@ class CheckConfig(Config):
 # %% ../nbs/06a_check.ipynb #e46622fb
 def _most(counts:Counter, n:int=5) -> str:
     "The commonest entries with their counts, and how many others there are."
-    return ', '.join(f'{k} ({v:,})' for k, v in counts.most_common(n)) + (f' and {len(counts)-n:,} others' if len(counts) > n else '')
+    return ', '.join(f'{k} ({v:,})' for k, v in counts.most_common(n)) + (f' and {len(counts)-n:,} others'
+        if len(counts) > n else '')
 
 def contents(done:dict # from `label_and_split`
             ) -> dict[str,str]: # what → in words
@@ -39,12 +40,17 @@ def contents(done:dict # from `label_and_split`
     turns, told = [len(r['history'])+2 for r in rows if r['history']], sum(bool(r['instruction']) for r in rows)
     size = np.percentile([len(r['reply']) for r in rows], [5, 50, 95]).astype(int)
     why = Counter(re.sub(r' of line \d+', '', j.reason) for j in done['rejects'])
-    return {'rows': f"{len(rows):,} of {len(rows)+len(done['rejects']):,}" + (f', left out: {_most(why)}' if why else ''),
-            'characters': _most(Counter(r['character'] for r in rows)), 'languages': _most(Counter(r['lang'] for r in rows)),
-            'personas': 'every row has one' if told == len(rows) else f'{told:,} rows have one' if told else 'none: the conditions prompt and both are left out (give one by persona=…)',
-            'earlier turns': f'{len(turns):,} rows have some, {int(np.median(turns))} turns in the median' if turns else 'none',
+    return {'rows': f"{len(rows):,} of {len(rows)+len(done['rejects']):,}"
+            + (f', left out: {_most(why)}' if why else ''),
+            'characters': _most(Counter(r['character'] for r in rows)),
+            'languages': _most(Counter(r['lang'] for r in rows)),
+            'personas': 'every row has one' if told == len(rows) else f'{told:,} rows have one' if told
+            else 'none: the conditions prompt and both are left out (give one by persona=…)',
+            'earlier turns': f'{len(turns):,} rows have some, {int(np.median(turns))} turns in the median' if turns
+            else 'none',
             'replies': f'{size[1]:,} characters in the median, 90 of 100 between {size[0]:,} and {size[2]:,}',
-            'split': ', '.join(f"{len(done[p]):,} {name}" for p, name in (('train', 'to train'), ('valid', 'held out'), ('test', 'to test')))}
+            'split': ', '.join(f"{len(done[p]):,} {name}" for p, name in (('train', 'to train'), ('valid', 'held out'),
+                ('test', 'to test')))}
 
 # %% ../nbs/06a_check.ipynb #ed8d813b
 def possible_questions(test:list[dict], # test rows
@@ -64,7 +70,8 @@ def track_lines(counts:dict[str,int]) -> dict[str,str]: # track → in words
     def say(n):
         if not n: return 'not possible with these rows'
         d = detectable(n, .3)
-        return f'{n:,} questions' + (f'; a difference of {d*100:.0f} points would be found 80 times in 100' if d == d else '; too few to find any difference')
+        return f'{n:,} questions' + (f'; a difference of {d*100:.0f} points would be found 80 times in 100' if d == d
+                                     else '; too few to find any difference')
     return {t: say(n) for t, n in counts.items()}
 
 # %% ../nbs/06a_check.ipynb #aa32b3a4
@@ -98,7 +105,8 @@ def cost(done:dict, model:str=EMBEDDED, epochs:float=1) -> str:
     "Time and memory of a training on all training rows, in words."
     n = guess_parameters(model)
     if not n: return f'not known: neither a folder nor the name of {model} tells its size'
-    tokens = sum(guess_tokens(r['user'] + r['reply'] + ' '*24, model) + .3*guess_tokens(r['instruction'] or '', model) for r in done['train'])
+    tokens = sum(guess_tokens(r['user'] + r['reply'] + ' '*24, model) + .3*guess_tokens(r['instruction'] or '', model)
+                 for r in done['train'])
     rate, share, device = _rate()
     seconds, need = tokens*epochs*4*n/(rate*share), n*2/1e9 + 2
     took = f'{seconds:.0f} s' if seconds < 100 else f'{seconds/60:.0f} min' if seconds < 6000 else f'{seconds/3600:.0f} h'
@@ -122,7 +130,9 @@ def full_check(params:dict, model:str, console):
     console.print('\n[bold]Questions from the test rows[/]')
     for t, text in track_lines(possible_questions(done['test'])).items(): _say(console, t, f'{TRACKS[t].asks} {text}')
     console.print('\n[bold]Cost[/]'); _say(console, model, cost(done, model))
-    if done['rejects']: console.print(f"\nThe first that were left out: " + '; '.join(f'line {j.line}, {j.reason}' for j in done['rejects'][:5]), markup=False, highlight=False, soft_wrap=True)
+    if done['rejects']:
+        console.print(f"\nThe first that were left out: " + '; '.join(f'line {j.line}, {j.reason}'
+            for j in done['rejects'][:5]), markup=False, highlight=False, soft_wrap=True)
 
 def short_check(params:dict, console):
     "Print the short form."

@@ -24,8 +24,10 @@ from .models import EMBEDDED, ModelError, find_adapter, find_memory, find_model,
 from .rows import DataError
 
 # %% ../nbs/06_cluster.ipynb #91c8a2cd
-STEPS = ('01_data', '02_lora', '03_quantization', '04_benchmark', '05_profiling') # what a run does where nothing else is said
-JOBS = (STEPS[0], '04f_templates', '02e_rate', *STEPS[1:4], '04d_validity', '04e_specificity', '04g_replies', '04h_curve', '04i_sweep', *STEPS[4:], '05a_export', '02d_speed') # what it can do, in order
+# what a run does where nothing else is said
+STEPS = ('01_data', '02_lora', '03_quantization', '04_benchmark', '05_profiling')
+JOBS = (STEPS[0], '04f_templates', '02e_rate', *STEPS[1:4], '04d_validity', '04e_specificity', '04g_replies',
+        '04h_curve', '04i_sweep', *STEPS[4:], '05a_export', '02d_speed') # what it can do, in order
 
 def room(step:str) -> str:
     "The room that a step belongs to: the name of its module."
@@ -42,7 +44,8 @@ def notebook_parameters(path:Path # a numbered notebook
     "The names and defaults of a notebook's parameters cell."
     cells = json.loads(path.read_text(encoding='utf-8'))['cells']
     found = [c for c in cells if 'parameters' in c['metadata'].get('tags', [])]
-    if len(found) != 1: raise RunError(f'{path.name} has {len(found)} cells tagged "parameters", a job has exactly one (nbdev_clean strips the tag unless settings.ini allows it).')
+    if len(found) != 1:
+        raise RunError(f'{path.name} has {len(found)} cells tagged "parameters", a job has exactly one (nbdev_clean strips the tag unless settings.ini allows it).')
     tree = ast.parse(''.join(found[0]['source']))
     named = {ast.Assign: lambda n: n.targets[0].id, ast.AnnAssign: lambda n: n.target.id}
     return {named[type(n)](n): ast.literal_eval(n.value) for n in tree.body if type(n) in named}
@@ -63,7 +66,8 @@ def plan(recipe:dict, # from the YAML file
         refuse_secrets({key.rpartition('.')[2]: value})
         step, dot, key2 = key.partition('.')
         bound = dot and step in own
-        (own[step] if bound else flat)[key2 if bound else key] = _value(value, [known[s].get(key2 if bound else key) for s in ([step] if bound else known)], g)
+        (own[step] if bound else flat)[key2 if bound else key] = _value(value,
+            [known[s].get(key2 if bound else key) for s in ([step] if bound else known)], g)
         if not dot:
             for s in own: own[s].pop(key, None)
     _check_names(flat, own, known)
@@ -74,7 +78,9 @@ def plan(recipe:dict, # from the YAML file
 def known_steps(steps:list[str]) -> list[str]:
     "The steps in their order; a `RunError` that names one that is not there."
     for s in steps:
-        if s not in JOBS: raise RunError(f'no step {s!r}: ' + (f'did you mean {near[0]!r}? ' if (near := nearest(str(s), JOBS)) else '') + f'known are {", ".join(JOBS)}')
+        if s not in JOBS:
+            raise RunError(f'no step {s!r}: ' + (f'did you mean {near[0]!r}? ' if (near := nearest(str(s), JOBS))
+                                                 else '') + f'known are {", ".join(JOBS)}')
     return [s for s in JOBS if s in steps]
 
 def _number(value):
@@ -91,10 +97,12 @@ def _value(text:str, defaults:list, given:str):
 def _check_names(flat:dict, own:dict, known:dict):
     "Raise a `RunError` for parameters that no step, or not the named one, knows."
     every = sorted(set().union(*known.values()))
-    wrong = [(k, every) for k in flat if k not in every] + [(f'{s}.{k}', list(known[s])) for s in own for k in own[s] if k not in known[s]]
+    wrong = [(k, every) for k in flat if k not in every] + [(f'{s}.{k}', list(known[s])) for s in own for k in own[s]
+                                                            if k not in known[s]]
     if wrong:
         def near(k, names): return next(iter(nearest(k.rpartition('.')[2], names)), None)
-        raise RunError('; '.join(f'unknown parameter {k!r}' + (f': did you mean {n!r}?' if (n := near(k, names)) else f': known are {", ".join(names)}') for k, names in wrong))
+        raise RunError('; '.join(f'unknown parameter {k!r}' + (f': did you mean {n!r}?' if (n := near(k, names))
+            else f': known are {", ".join(names)}') for k, names in wrong))
 
 # %% ../nbs/06_cluster.ipynb #31bdb1d7
 MIN_DISK = 2e9  # bytes that a run with the default model writes at most
@@ -104,7 +112,8 @@ def look_first(planned:dict[str,dict]):
     from yothalia.rows import persona_text, read_rows
     from yothalia.prompts import find_template
     for step, params in planned.items():
-        for p in [params['precision']] if 'precision' in params else params.get('precisions') or []: known_precision(str(p))
+        for p in [params['precision']] if 'precision' in params else params.get('precisions') or []:
+            known_precision(str(p))
         if (a := params.get('adapter')) and a != 'auto': find_adapter(a)
         for t in [params.get('template', 'auto'), *(params.get('templates') or [])]:
             if t != 'auto': find_template(str(t))
@@ -112,12 +121,16 @@ def look_first(planned:dict[str,dict]):
     for p in planned.values():
         for q in [p['precision']] if 'precision' in p else []: find_memory(str(p.get('model', EMBEDDED)), str(q))
     free = shutil.disk_usage(next(p for p in (rooted('_runs'), *rooted('_runs').parents) if p.exists())).free
-    if free < MIN_DISK: raise RunError(f'The disk has {free/1e9:.1f} GB free, and a run writes up to {MIN_DISK/1e9:.0f} GB: free some space.')
+    if free < MIN_DISK:
+        raise RunError(f'The disk has {free/1e9:.1f} GB free, and a run writes up to {MIN_DISK/1e9:.0f} GB: free some space.')
     d = planned.get('01_data', {})
     persona_text(d.get('persona', ''))
-    if (data := d.get('data', 'sample')) == 'sample' or data.startswith('hub:') or data in ('eng_roleplay', 'eng_roleplay2', 'zh_roleplay'): return
-    if rooted(data).is_file() and rooted(data).stat().st_size > 20e6: return  # what is in a large file, the first step says
-    read_rows(rooted(data), d.get('encoding', 'utf-8'), d.get('character', ''), d.get('persona', ''), d.get('columns') or {})
+    if (data := d.get('data', 'sample')) == 'sample' or data.startswith('hub:') or data in ('eng_roleplay',
+        'eng_roleplay2', 'zh_roleplay'): return
+    # what is in a large file, the first step says
+    if rooted(data).is_file() and rooted(data).stat().st_size > 20e6: return
+    read_rows(rooted(data), d.get('encoding', 'utf-8'), d.get('character', ''), d.get('persona', ''),
+              d.get('columns') or {})
 
 # %% ../nbs/06_cluster.ipynb #379910e7
 def check_values(planned:dict[str,dict]):
@@ -138,14 +151,16 @@ def step_keys(planned:dict[str,dict],
              ) -> dict[str,str]: # step → key
     "A key for each step: everything that its result depends on."
     from yothalia.prompts import run_template
-    code = content_hash([content_hash(p) for p in sorted(package_dir().glob('*.py')) if p.name not in ('cluster.py', 'slurm.py')])
+    code = content_hash([content_hash(p) for p in sorted(package_dir().glob('*.py'))
+                         if p.name not in ('cluster.py', 'slurm.py')])
     chosen = run_template(folder) if folder and '04f_templates' not in planned else ''
     keys, before = {}, content_hash(code, chosen)
     for step, params in planned.items():
         file = rooted(params['data']) if isinstance(params.get('data'), str) else None
         rows = content_hash(file) if file and file.is_file() else ''
         asked = keys.get('04_benchmark', '') if step.startswith('04') else ''
-        keys[step] = content_hash(step, params, _code(project_root()/'nbs'/f'{step}.ipynb'), rows, code if step == '01_data' else before, asked)
+        keys[step] = content_hash(step, params, _code(project_root()/'nbs'/f'{step}.ipynb'), rows,
+                                  code if step == '01_data' else before, asked)
         if step in ('01_data', '04f_templates', '02_lora'): before = content_hash(keys[step], chosen)
     return keys
 
@@ -172,12 +187,15 @@ def without_lessons(nb:dict # a notebook, as JSON
     if not any(starts(c, '## The run') for c in nb['cells']): return nb
     for c in nb['cells']:
         if starts(c, '## '): on = starts(c, '## The run') or on and not starts(c, '## What the real', '## As a job')
-        if c['cell_type'] == 'code' and not _needed(c, on): c['metadata'] = c['metadata'] | dict(tags=[*c['metadata'].get('tags', []), 'skip-execution'])
+        if c['cell_type'] == 'code' and not _needed(c, on):
+            c['metadata'] = c['metadata'] | dict(tags=[*c['metadata'].get('tags', []), 'skip-execution'])
     return nb
 
 # %% ../nbs/06_cluster.ipynb #9fff24e4
-SAID = ('DataError', 'ModelError', 'ConfigError', 'TrainError', 'OverlapError', 'RunError')  # errors that are one sentence for a person
+# errors that are one sentence for a person
+SAID = ('DataError', 'ModelError', 'ConfigError', 'TrainError', 'OverlapError', 'RunError')
 
+# %% ../nbs/06_cluster.ipynb #9fff24e4x
 def _follow(file:Path, show, stop:threading.Event):
     "Call `show` with each new line of progress until told to stop."
     last = ''
@@ -186,6 +204,7 @@ def _follow(file:Path, show, stop:threading.Event):
         except OSError: continue
         if text != last: last = text; show(text)
 
+# %% ../nbs/06_cluster.ipynb #9fff24e4y
 def run_notebook(step:str, params:dict, folder:Path, show=lambda text: None):
     "Execute one notebook into `folder`; raise a `RunError` that shows the failing cell and its error."
     import papermill as pm
@@ -196,7 +215,8 @@ def run_notebook(step:str, params:dict, folder:Path, show=lambda text: None):
     t = threading.Thread(target=_follow, args=(told, show, stop), daemon=True); t.start()
     out = folder/f'{step}.ipynb'
     sockets = tempfile.TemporaryDirectory(prefix='yothalia-')  # where only this user can open them
-    local = {} if os.name == 'nt' else {'config': Config({'KernelManager': {'transport':'ipc', 'ip':f'{sockets.name}/k'}})}
+    local = {} if os.name == 'nt' else {'config': Config({'KernelManager': {'transport':'ipc',
+        'ip':f'{sockets.name}/k'}})}
     todo = Path(sockets.name)/f'{step}.ipynb'
     todo.write_text(json.dumps(without_lessons(json.loads((project_root()/'nbs'/todo.name).read_text(encoding='utf-8')))), encoding='utf-8')
     try: pm.execute_notebook(str(todo), str(out), params, cwd=str(project_root()), progress_bar=False,
@@ -206,7 +226,8 @@ def run_notebook(step:str, params:dict, folder:Path, show=lambda text: None):
         if e.ename in SAID: raise RunError(f'{step}: {e.evalue}') from None
         source = '\n'.join('    '+l for l in str(e.source).splitlines()[:12])
         raise RunError(f'{step} failed in cell {e.exec_count} of {tidy(out)}:\n{source}\n{e.ename}: {e.evalue}') from None
-    finally: sockets.cleanup(); stop.set(); t.join(); told.unlink(missing_ok=True); os.environ.pop('YOTHALIA_PROGRESS', None)
+    finally: sockets.cleanup(); stop.set(); t.join(); told.unlink(missing_ok=True); os.environ.pop('YOTHALIA_PROGRESS',
+        None)
 
 # %% ../nbs/06_cluster.ipynb #fa04a46a
 def run_all(planned:dict[str,dict], folder:Path, # step → parameters; the run's folder
@@ -248,7 +269,8 @@ ABOUT = ('speaker', 'voice') # the tracks that ask about the character
 def _at(bench, track) -> dict: # condition → record
     "The records of a track by which the rest is told."
     from yothalia.prompts import CONDITIONS
-    of = {r['what']['condition']: r for r in bench if r['what']['track'] == track and r['what']['mode'] in ('cloze', 'rules')}
+    of = {r['what']['condition']: r for r in bench if r['what']['track'] == track
+          and r['what']['mode'] in ('cloze', 'rules')}
     return {c: of[c] for c in (*CONDITIONS, 'none') if c in of}
 
 def _beside(at) -> str:
@@ -264,7 +286,8 @@ def _difference(at, a:str, b:str, words:str) -> list[str]:
     from yothalia.stats import against_rule, answers, paired_difference
     if not {a, b} <= at.keys() or at[b]['metrics'][f'accuracy {headline_of(at[b])}']['n'] < 2: return []
     given = answers([at[c] for c in (a, b) if c != 'none'])
-    d = against_rule(given, b) if a == 'none' else paired_difference(given.wide[a], given.wide[b], given.clusters, sets=given.sets)
+    d = against_rule(given, b) if a == 'none' else paired_difference(given.wide[a], given.wide[b], given.clusters,
+                                                                     sets=given.sets)
     said = f"{words} {d['difference']*100:+.0f} points [{d['low']*100:+.0f}, {d['high']*100:+.0f}]"
     if d['low'] > 0 or d['high'] < 0: return [said]
     seen = f"{d['detectable']*100:.0f} would have been found in 80 of 100 such runs" if d['detectable'] == d['detectable'] else 'too few questions to find any difference'
@@ -279,9 +302,11 @@ def _character_lines(bench:list[dict], track:str) -> list[str]:
     if 'prompt' not in at: return []
     acc = {c: r['metrics'][f'accuracy {headline_of(r)}'] for c, r in at.items() if c != 'none'}
     how = at['prompt']['what'].get('template', 'persona').rsplit(' ', 1)[0]
-    told = {'prompt': 'told the persona' + f' (template {how!r})'*(how != 'persona'), 'both': 'fine-tuned as well', 'base': 'told nothing'}
+    told = {'prompt': 'told the persona' + f' (template {how!r})'*(how != 'persona'), 'both': 'fine-tuned as well',
+            'base': 'told nothing'}
     found = ', '.join(f'{told[c]} {_percent(acc[c])}' for c in told if c in acc)
-    made = _difference(at, 'none', 'prompt', 'told it, against the rule') + _difference(at, 'base', 'prompt', 'the persona') + _difference(at, 'prompt', 'both', 'the fine-tuning of the model that is told it')
+    made = _difference(at, 'none', 'prompt', 'told it, against the rule') + _difference(at, 'base', 'prompt',
+        'the persona') + _difference(at, 'prompt', 'both', 'the fine-tuning of the model that is told it')
     return [f"{TRACKS[track].asks} Right of {acc['prompt']['n']} questions: {found}{_beside(at)}."
             + (f" Paired differences: {'; '.join(made)}." if made else '')]
 
@@ -295,13 +320,16 @@ def _reply_lines(bench:list[dict]) -> list[str]:
         at = _at(bench, track)
         acc = {c: r['metrics'][f'accuracy {headline_of(r)}'] for c, r in at.items() if c != 'none'}
         n = next((m['n'] for m in acc.values()), 0)
-        out.append(f"{TRACKS[track].asks} (track {track}, {n} questions) " + ', '.join(f'{c} {_percent(m)}' for c, m in acc.items()) + f'{_beside(at)}.'
-                   + (f" Paired: {'; '.join(made)}." if TRACKS[track].alone and (made := _difference(at, 'base', 'lora', 'the fine-tuning')) else ''))
+        out.append(f"{TRACKS[track].asks} (track {track}, {n} questions) "
+                   + ', '.join(f'{c} {_percent(m)}' for c, m in acc.items()) + f'{_beside(at)}.'
+                   + (f" Paired: {'; '.join(made)}." if TRACKS[track].alone
+                      and (made := _difference(at, 'base', 'lora', 'the fine-tuning')) else ''))
     return out
 
 # %% ../nbs/06_cluster.ipynb #cc273e4f
 def _with_interval(m, sign='+') -> str:
-    return f"{m['value']:{sign}.2f}" + (f" [{m['interval'][0]:{sign}.2f}, {m['interval'][1]:{sign}.2f}]" if m['interval'] else '')
+    return f"{m['value']:{sign}.2f}" + (f" [{m['interval'][0]:{sign}.2f}, {m['interval'][1]:{sign}.2f}]"
+                                        if m['interval'] else '')
 
 def _template_line(records:list[dict]) -> list[str]:
     "Which prompt template the held-out replies choose."
@@ -318,9 +346,11 @@ def _template_line(records:list[dict]) -> list[str]:
 def _heard_line(records:list[dict]) -> list[str]:
     "Whose the model's own replies sound like, and whether they end."
     by = {r['what']['condition']: r['metrics'] for r in records}
-    own = {c: by[c]['own character'] for c in ('base', 'prompt', 'lora', 'both', 'author') if 'own character' in by.get(c, {})}
+    own = {c: by[c]['own character'] for c in ('base', 'prompt', 'lora', 'both', 'author')
+           if 'own character' in by.get(c, {})}
     stops = {c: by[c]['stops'] for c in ('base', 'prompt', 'lora', 'both') if c in by}
-    said = ', '.join(f"{c} {m['value']:.2f} [{m['interval'][0]:.2f}, {m['interval'][1]:.2f}]" for c, m in own.items() if m['interval'])
+    said = ', '.join(f"{c} {m['value']:.2f} [{m['interval'][0]:.2f}, {m['interval'][1]:.2f}]" for c, m in own.items()
+                     if m['interval'])
     ends = ', '.join(f"{c} {m['value']:.0%}" for c, m in stops.items())
     whose = [f"Whose does it sound like? Probability of the own character by words, names masked: {said}."] if said else []
     return whose + ([f"Does it stop? So many of its replies end by themselves: {ends}."] if stops else [])
@@ -333,14 +363,16 @@ def _rows_line(records:list[dict]) -> list[str]:
     some = by_rows(records)
     both = lambda k: ' → '.join(f"{of(r, k)['value']:.2f}" for r in (some[0], some[-1]))
     parts = [f'{words} {both(k)}' for k, words in
-             (('loss', 'nats per token of held-out replies'), ('speaker', 'who is speaking'), ('voice', 'whose reply')) if of(some[0], k) and of(some[-1], k)]
+             (('loss', 'nats per token of held-out replies'), ('speaker', 'who is speaking'), ('voice', 'whose reply'))
+             if of(some[0], k) and of(some[-1], k)]
     return [f"How many rows? From {some[0]['what']['train_rows']} to {some[-1]['what']['train_rows']}, told the persona: {', '.join(parts)}."] if parts else []
 
 # %% ../nbs/06_cluster.ipynb #c86da530
 def _loss_line(lora:list[dict]) -> list[str]:
     "What persona and adapter do to the likelihood of held-out replies."
     m, said = lora[0]['metrics'] if lora else {}, []
-    for key, words in (('base to prompt', 'the prompt alone'), ('base to lora', 'fine-tuning alone'), ('base to both', 'both together')):
+    for key, words in (('base to prompt', 'the prompt alone'), ('base to lora', 'fine-tuning alone'),
+                       ('base to both', 'both together')):
         if g := m.get(f'gain {key}'):
             shown = g['interval'][0] > 0 or g['interval'][1] < 0
             said.append(f'{words} {_with_interval(g)}' + ' (not established)'*(not shown))
@@ -348,6 +380,7 @@ def _loss_line(lora:list[dict]) -> list[str]:
     return [f"Prompt or fine-tuning? What they take off the surprise at the author's own replies, in nats per token, on {n} held-out"
             f" conversations: {'; '.join(said)}."] if said else []
 
+# %% ../nbs/06_cluster.ipynb #c86da530x
 def _cost_line(quant:list[dict]) -> list[str]:
     "What each precision costs."
     from yothalia.quantization import added
@@ -363,11 +396,14 @@ def _cost_line(quant:list[dict]) -> list[str]:
     return [f"How far can I quantize? Against {first['what']['precision']} ({mb(first)}), in nats per token on {n} rows:"
             f" {'; '.join(said)}."] if said else []
 
+# %% ../nbs/06_cluster.ipynb #c86da530y
 def _time_line(prof:list[dict]) -> list[str]:
     "Where the time goes."
     if not prof: return []
-    m = prof[0]['metrics']; spent = {k: m[f'train {k}']['value'] for k in ('forward', 'backward', 'optimizer', 'loader')}
-    return ['Where does the time go? Of a training step ' + ', '.join(f'{k} {v/sum(spent.values()):.0%}' for k, v in spent.items()) +
+    m = prof[0]['metrics']
+    spent = {k: m[f'train {k}']['value'] for k in ('forward', 'backward', 'optimizer', 'loader')}
+    return ['Where does the time go? Of a training step ' + ', '.join(f'{k} {v/sum(spent.values()):.0%}'
+                                                                      for k, v in spent.items()) +
             f"; {m['train tokens/s']['value']:,.0f} tokens per second, {m['train share of matmul rate']['value']:.0%} of what this machine's matrix products reach."]
 
 # %% ../nbs/06_cluster.ipynb #cc273e52
@@ -378,7 +414,8 @@ def findings(folder:Path # a run's folder, or any with records
     b = get('benchmark')
     told = [l for track in ABOUT for l in _character_lines(b, track)]
     return ((told or ['Who is speaking could not be asked: that needs two characters of one language with personas.'])*bool(b) + _reply_lines(b)
-            + _template_line(get('templates')) + _loss_line(get('lora')) + _heard_line(get('replies')) + _rows_line(get('curve'))
+            + _template_line(get('templates')) + _loss_line(get('lora')) + _heard_line(get('replies'))
+            + _rows_line(get('curve'))
             + _cost_line(get('quantization')) + _time_line(get('profiling')))
 
 # %% ../nbs/06_cluster.ipynb #2171d90d
@@ -400,7 +437,8 @@ def summary_figure(folder:Path # the run's folder
     fig = plt.figure(figsize=(13, 8), layout='constrained'); grid = fig.add_gridspec(3, 2, height_ratios=[1, 1, .3])
     if got['benchmark']: benchmark.plot_accuracy(got['benchmark'], fig.add_subplot(grid[0, 0]))
     if got['lora']: lora.plot_gains(got['lora'][0], fig.add_subplot(grid[0, 1]))
-    if got['quantization']: quantization.plot_precisions(got['quantization'], [fig.add_subplot(grid[1, i]) for i in (0, 1)])
+    if got['quantization']: quantization.plot_precisions(got['quantization'],
+                                                         [fig.add_subplot(grid[1, i]) for i in (0, 1)])
     if got['profiling']: profiling.plot_phases(got['profiling'][0], fig.add_subplot(grid[2, :]))
     fig.savefig(folder/'summary.png', dpi=110); plt.close('all')
     return folder/'summary.png'
@@ -414,7 +452,8 @@ def _three_lines(folder:Path, console:Console):
     if 'both' in shown: shown = [c for c in shown if c != 'lora']
     for o in lines:
         console.print(f"\n{o['character']} is asked: {o['user']}", style='bold', markup=False, highlight=False)
-        for c in shown: console.print(f"  {c:7s}{' '.join(o[c].split())[:300] or '(nothing)'}", markup=False, highlight=False)
+        for c in shown: console.print(f"  {c:7s}{' '.join(o[c].split())[:300] or '(nothing)'}", markup=False,
+                                      highlight=False)
     if lines: console.print()
 
 def show_results(folder:Path, console:Console):
@@ -422,25 +461,30 @@ def show_results(folder:Path, console:Console):
     from yothalia import benchmark, quantization
     bench, quant = (load_records(folder, step=s) for s in ('benchmark', 'quantization'))
     console.print()
-    if bench: show_frame(benchmark.brief_table(bench), 'Who is speaking, which reply is the character\'s? Accuracy with 95% Wilson intervals', console)
+    if bench:
+        show_frame(benchmark.brief_table(bench),
+                   'Who is speaking, which reply is the character\'s? Accuracy with 95% Wilson intervals', console)
     if quant: show_frame(quantization.precision_table(quant), 'What does each precision cost?', console)
     _three_lines(folder, console)
     for s in findings(folder): console.print('• ' + s, markup=False, highlight=False)
     console.print()
     figure = summary_figure(folder)
-    made = dict(notebooks=folder if list(folder.glob('0*.ipynb')) else None, records=folder/'records', adapter=folder/'adapter', figure=figure)
+    made = dict(notebooks=folder if list(folder.glob('0*.ipynb')) else None, records=folder/'records',
+                adapter=folder/'adapter', figure=figure)
     for what, where in made.items():
         if where and where.exists(): console.print(f'{what:12s}{tidy(where)}', highlight=False, soft_wrap=True)
 
 # %% ../nbs/06_cluster.ipynb #cc273e51
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help='Role-play language models that are measured, not guessed.')
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
+                  help='Role-play language models that are measured, not guessed.')
 
 @app.callback()
 def _main(): pass
 
 @app.command()
 def run(recipe: Annotated[Path, typer.Argument(help='YAML file with parameters')] = Path('runs/sample.yml'),
-        parameter: Annotated[list[str], typer.Option('-p', help='name=value or step.name=value; overrides the file')] = [],
+        parameter: Annotated[list[str],
+                             typer.Option('-p', help='name=value or step.name=value; overrides the file')] = [],
         name: Annotated[str, typer.Option(help='the run is kept in _runs/NAME')] = 'default',
         steps: Annotated[list[str], typer.Option(help='only these steps, e.g. 01_data,04_benchmark')] = [],
         again: Annotated[bool, typer.Option('--again', help='do finished steps again')] = False):
@@ -448,8 +492,10 @@ def run(recipe: Annotated[Path, typer.Argument(help='YAML file with parameters')
     console, folder = Console(force_jupyter=False), rooted('_runs')/name
     try:
         some = [s.strip() for given in steps for s in given.split(',')]
-        if not rooted(recipe).is_file(): raise RunError(f'There is no file {recipe}: give a YAML file with parameters, or leave it out for runs/sample.yml.')
-        planned = plan(yaml.safe_load(rooted(recipe).read_text(encoding='utf-8')) or {}, [*parameter, f'out={tidy(folder)}'], some)
+        if not rooted(recipe).is_file():
+            raise RunError(f'There is no file {recipe}: give a YAML file with parameters, or leave it out for runs/sample.yml.')
+        planned = plan(yaml.safe_load(rooted(recipe).read_text(encoding='utf-8')) or {},
+                       [*parameter, f'out={tidy(folder)}'], some)
         if '01_data' not in planned and not (folder/'data'/'test.jsonl').exists():
             raise RunError(f'{tidy(folder)} has no rows yet: let the step 01_data run first, e.g. --steps {",".join(["01_data", *planned])}')
         look_first(planned)
@@ -460,12 +506,14 @@ def run(recipe: Annotated[Path, typer.Argument(help='YAML file with parameters')
     except KeyboardInterrupt:
         console.print(f'Stopped. What is done is kept; the same command goes on from there.'); raise typer.Exit(130)
     except (RunError, ModelError, ValueError) as e:
-        console.print(f'[bold red]Stopped:[/] ', end=''); console.print(str(e), markup=False, highlight=False, soft_wrap=True); raise typer.Exit(1)
+        console.print(f'[bold red]Stopped:[/] ', end=''); console.print(str(e), markup=False, highlight=False,
+                                                                        soft_wrap=True); raise typer.Exit(1)
 
 # %% ../nbs/06_cluster.ipynb #e9f40df0
 @app.command()
 def check(data: Annotated[str, typer.Argument(help='a file, "sample", or a data set by name')],
-          parameter: Annotated[list[str], typer.Option('-p', help='name=value of 01_data, such as character=Ghost')] = [],
+          parameter: Annotated[list[str],
+                               typer.Option('-p', help='name=value of 01_data, such as character=Ghost')] = [],
           model: Annotated[str, typer.Option(help='whose time and memory is estimated')] = 'smollm2-135m'):
     "Look at a file before anything runs: rows, languages, turns, split, questions, time and memory."
     console = Console(force_jupyter=False)
@@ -475,14 +523,16 @@ def check(data: Annotated[str, typer.Argument(help='a file, "sample", or a data 
         from yothalia.check import full_check
         full_check(params['01_data'], model, console)
     except (RunError, ModelError, ValueError) as e:
-        console.print('[bold red]Stopped:[/] ', end=''); console.print(str(e), markup=False, highlight=False, soft_wrap=True); raise typer.Exit(1)
+        console.print('[bold red]Stopped:[/] ', end=''); console.print(str(e), markup=False, highlight=False,
+                                                                       soft_wrap=True); raise typer.Exit(1)
 
 # %% ../nbs/06_cluster.ipynb #a51081ce
 @app.command()
 def results(name: Annotated[str, typer.Argument(help='a run in _runs, or a folder with records')] = 'default'):
     "Show the tables and the figure of a run again."
     folder = rooted('_runs')/name if (rooted('_runs')/name).is_dir() else rooted(name)
-    if not (folder/'records').is_dir(): Console(force_jupyter=False).print(f'There are no records in {tidy(folder)}: run `yothalia run --name {name}` first.'); raise typer.Exit(1)
+    if not (folder/'records').is_dir():
+        Console(force_jupyter=False).print(f'There are no records in {tidy(folder)}: run `yothalia run --name {name}` first.'); raise typer.Exit(1)
     show_results(folder, Console(force_jupyter=False))
 
 # %% ../nbs/06_cluster.ipynb #06e00002
@@ -491,21 +541,25 @@ def one_sentence(console:Console):
     "Print an error as a sentence, and end with code 1."
     try: yield
     except (RunError, ModelError, ValueError) as e:
-        console.print('[bold red]Stopped:[/] ', end=''); console.print(str(e), markup=False, highlight=False, soft_wrap=True); raise typer.Exit(1)
+        console.print('[bold red]Stopped:[/] ', end=''); console.print(str(e), markup=False, highlight=False,
+                                                                       soft_wrap=True); raise typer.Exit(1)
 
 def export_config(name:str, **more): # ExportConfig
     "Parameters of the export of a run: model and precision are those of its training."
     from yothalia.export import ExportConfig
     folder = rooted('_runs')/name
     trained = next(iter(load_records(folder/'records', step='lora')), None)
-    if not trained: raise RunError(f'{tidy(folder)} has no trained adapter: run `yothalia run --name {name}` first, or name another run by --name.')
+    if not trained:
+        raise RunError(f'{tidy(folder)} has no trained adapter: run `yothalia run --name {name}` first, or name another run by --name.')
     told = trained['run']['params']
-    return configure(ExportConfig, {k: told[k] for k in ('model', 'precision', 'template') if k in told} | dict(out=tidy(folder)) | more)
+    return configure(ExportConfig, {k: told[k] for k in ('model', 'precision', 'template') if k in told}
+                     | dict(out=tidy(folder)) | more)
 
 # %% ../nbs/06_cluster.ipynb #06e00003
 @app.command()
 def export(name: Annotated[str, typer.Option(help='a run in _runs')] = 'default',
-           form: Annotated[list[str], typer.Option(help='merged, int8, nf4, nf4-dq, fp4, gguf, gguf-q8_0; several by several --form')] = ['merged'],
+           form: Annotated[list[str],
+                           typer.Option(help='merged, int8, nf4, nf4-dq, fp4, gguf, gguf-q8_0; several by several --form')] = ['merged'],
            rows: Annotated[int, typer.Option(help='held-out rows that each export is asked about; 0 for all')] = 40,
            questions: Annotated[int, typer.Option(help='questions of each track; 0 for all')] = 20):
     "Write a run's character for other programs, and check that each export is still the one that was tested."
@@ -520,10 +574,12 @@ def export(name: Annotated[str, typer.Option(help='a run in _runs')] = 'default'
 
 # %% ../nbs/06_cluster.ipynb #06e00004
 @app.command()
-def verify(place: Annotated[str, typer.Argument(help="a model's folder, a GGUF file, or the address of a server up to /v1")],
+def verify(place: Annotated[str,
+                            typer.Argument(help="a model's folder, a GGUF file, or the address of a server up to /v1")],
            name: Annotated[str, typer.Option(help='the run in _runs that was tested')] = 'default',
            model: Annotated[str, typer.Option(help='name of the model at the server')] = '',
-           precision: Annotated[str, typer.Option(help='at which its weights are held; else read from its folder')] = '',
+           precision: Annotated[str,
+                                typer.Option(help='at which its weights are held; else read from its folder')] = '',
            rows: Annotated[int, typer.Option(help='held-out rows that it is asked about; 0 for all')] = 40,
            questions: Annotated[int, typer.Option(help='questions of each track; 0 for all')] = 20):
     "Is this still the character that was tested? Exit code 0 if it is, 3 if it is not."

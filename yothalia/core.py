@@ -137,7 +137,8 @@ def write_jsonl(path:str|Path, # file to write, whole or not at all
                 rows # an iterable of dicts
                ) -> Path:
     "Write one JSON object per line."
-    with atomic(path) as f: f.write_text(''.join(json.dumps(r, ensure_ascii=False)+'\n' for r in rows), encoding='utf-8')
+    with atomic(path) as f: f.write_text(''.join(json.dumps(r, ensure_ascii=False)+'\n' for r in rows),
+                                         encoding='utf-8')
     return Path(path)
 
 def read_jsonl(path:str|Path) -> list[dict]:
@@ -183,7 +184,8 @@ def _commit() -> dict: # commit, dirty
 
 def _git(*args) -> str:
     "What git says, or an empty string where there is no git or no repository."
-    try: return subprocess.run(['git', *args], cwd=project_root(), capture_output=True, text=True, timeout=20).stdout.strip()
+    try: return subprocess.run(['git', *args], cwd=project_root(), capture_output=True, text=True,
+                               timeout=20).stdout.strip()
     except (OSError, subprocess.TimeoutExpired): return ''
 
 def _cpu_name() -> str:
@@ -269,8 +271,10 @@ def load_records(folder:str|Path, # where to look, with all folders below
     out = []
     for p in sorted(Path(folder).rglob('*.json')):
         try: rec = json.loads(p.read_text(encoding='utf-8'))
-        except ValueError as e: raise ValueError(f'{tidy(p)} is not a whole record ({e}); delete it and run that step again') from None
-        if isinstance(rec, dict) and {'run','what','metrics'} <= rec.keys() and all(rec['what'].get(k)==v for k,v in where.items()):
+        except ValueError as e:
+            raise ValueError(f'{tidy(p)} is not a whole record ({e}); delete it and run that step again') from None
+        if isinstance(rec, dict) and {'run','what','metrics'} <= rec.keys() and all(rec['what'].get(k)==v
+            for k,v in where.items()):
             out.append({**rec, 'metrics': {k: Metric(m) for k, m in rec['metrics'].items()}, 'path': p})
     return out
 
@@ -285,7 +289,8 @@ def record_table(records:list[dict], # from `load_records`
         what = {k:v for k,v in r['what'].items() if columns is None or k in columns}
         for name, m in r['metrics'].items():
             low, high = m['interval'] or (None, None)
-            lines.append({**what, 'metric':name, 'value':m['value'], 'low':low, 'high':high, 'n':m['n'], 'unit':m['unit']})
+            lines.append({**what, 'metric':name, 'value':m['value'], 'low':low, 'high':high, 'n':m['n'],
+                          'unit':m['unit']})
     return pd.DataFrame(lines).dropna(axis=1, how='all')
 
 # %% ../nbs/00_core.ipynb #796d3d2f

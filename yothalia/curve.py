@@ -85,11 +85,14 @@ def point_values(cfg:CurveConfig, model, tok, asked:dict, # speaker, voice: ques
 def own_values(cfg, model, tok, asked, condition, told, adapter, folder) -> list[dict]: # measure, id, cluster, value
     "Whose the model's own replies sound like, and whether they end by themselves; nothing where none shall be said."
     if not asked['lines']: return []
-    how = RepliesConfig(sampled=1, **{k: getattr(cfg, k) for k in ('out', 'model', 'precision', 'template', 'new_tokens', 'group', 'seed')})
+    how = RepliesConfig(sampled=1,
+                        **{k: getattr(cfg, k) for k in ('out', 'model', 'precision', 'template', 'new_tokens', 'group',
+                                                        'seed')})
     said = replies_of(how, model, tok, asked['lines'], condition, told, adapter, folder/f'replies-{condition}.jsonl')
     p, _ = own_probability(said, asked['authors'])
     line = lambda measure, o, v: dict(measure=measure, id=f"{o['id']}-{o['sample']}", cluster=o['character'], value=v)
-    return [line('own character', o, v) for o, v in zip(said, p) if not np.isnan(v)] + [line('stops', o, o['ended']) for o in said]
+    return [line('own character', o, v) for o, v in zip(said, p) if not np.isnan(v)] + [line('stops', o, o['ended'])
+        for o in said]
 
 # %% ../nbs/04h_curve.ipynb #b8a00013
 def point_metrics(values:list[dict]) -> dict[str,dict]: # 'condition measure' → metric
@@ -173,7 +176,8 @@ def still_to_gain(records:list[dict], measure:str='speaker', told:bool=True
             a, b = values_of(r, measure, told), values_of(last, measure, told)
             if len(a) < 2 or set(a.index) != set(b.index): continue
             e = estimate(b['value'].loc[a.index] - a['value'], a['cluster'])
-            out.append(dict(rows=r['what']['train_rows'], rank=last['what']['rank'], difference=e['value']) | {k: e[k] for k in ('low', 'high', 'p')})
+            out.append(dict(rows=r['what']['train_rows'], rank=last['what']['rank'], difference=e['value'])
+                       | {k: e[k] for k in ('low', 'high', 'p')})
     return pd.DataFrame(out, columns=['rows', 'rank', 'difference', 'low', 'high', 'p'])
 
 # %% ../nbs/04h_curve.ipynb #b8a0001c
@@ -215,8 +219,10 @@ def agreement(records:list[dict]) -> dict[str,dict]: # 'a ~ b' → metric
     for a, b in combinations(t.columns, 2):
         if len(t) < 4 or t[a].nunique() < 2 or t[b].nunique() < 2: continue
         rho = lambda x: stats.spearmanr(x, t[b]).statistic
-        p = stats.permutation_test((t[a],), rho, permutation_type='pairings', n_resamples=2000, rng=np.random.default_rng(0)).pvalue
-        out |= {f'{a} ~ {b}': metric(float(rho(t[a])), 'Spearman', len(t)), f'{a} ~ {b} p': metric(float(p), 'p', len(t))}
+        p = stats.permutation_test((t[a],), rho, permutation_type='pairings', n_resamples=2000,
+                                   rng=np.random.default_rng(0)).pvalue
+        out |= {f'{a} ~ {b}': metric(float(rho(t[a])), 'Spearman', len(t)),
+                f'{a} ~ {b} p': metric(float(p), 'p', len(t))}
     return out
 
 def agreement_table(records:list[dict]) -> pd.DataFrame: # (measures, measures)

@@ -63,7 +63,8 @@ def simplified(text:str|None) -> str|None:
     return simplified.cc.convert(text).strip() if text else text
 
 SOURCES = {'eng_roleplay': ('iamketan25/roleplay-instructions-dataset', split_prompt),
-           'eng_roleplay2': ('dim/roleplay_instruct_v2_final', lambda o: dict(persona=o['instruction'], user=o['input'], reply=o['output'])),
+           'eng_roleplay2': ('dim/roleplay_instruct_v2_final',
+                             lambda o: dict(persona=o['instruction'], user=o['input'], reply=o['output'])),
            'zh_roleplay': ('Tarklanse/Traditional_Chinese_roleplay_chat_Dataset',
                            lambda o: {k: simplified(v) if isinstance(v, str) else v for k, v in o.items()})}
 
@@ -79,20 +80,24 @@ def read_hub(name:str, # a name in `SOURCES`, or 'hub:owner/name'
     items = enumerate((step(dict(o)) for s in splits.values() for o in s), 1)
     rows, rejects = some_left(*to_rows(items, name, character, columns), name)
     told = persona_text(persona)
-    return [r | dict(instruction=r['instruction'] or told, character=r['character'] or character or None) for r in rows], rejects
+    return [r | dict(instruction=r['instruction'] or told, character=r['character'] or character or None)
+            for r in rows], rejects
 
 # %% ../nbs/01_data.ipynb #f527b763
 def read_source(data:str, # 'sample', a name in `SOURCES`, 'hub:owner/name', or a file
-                encoding:str='utf-8', character:str='', persona:str='', columns:dict={}) -> tuple[list[dict], list[Reject]]:
+                encoding:str='utf-8', character:str='', persona:str='', columns:dict={}) -> tuple[list[dict],
+                    list[Reject]]:
     "Rows and rejects of whatever `data` names."
     if data == 'sample': return only(sample_rows(), character, 'the sample'), []
     if data in SOURCES or data.startswith('hub:'): return read_hub(data, character, persona, columns)
     return read_rows(rooted(data), encoding, character, persona, columns)
 
 # %% ../nbs/01_data.ipynb #bb7c18ad
-_JOINING = ('ARABIC', 'SYRIAC', 'DEVANAGARI', 'BENGALI', 'GURMUKHI', 'GUJARATI', 'ORIYA', 'TAMIL', 'TELUGU', 'KANNADA', 'MALAYALAM', 'SINHALA')
+_JOINING = ('ARABIC', 'SYRIAC', 'DEVANAGARI', 'BENGALI', 'GURMUKHI', 'GUJARATI', 'ORIYA', 'TAMIL', 'TELUGU', 'KANNADA',
+            'MALAYALAM', 'SINHALA')
 
-_PLAIN = re.compile('[\n\t\x20-\x7e\u3000-\u303f\u3041-\u30ff\u3400-\u9fff\uff01-\uff5e“”‘’—–…·]*')  # most text, told at once
+# most text, told at once
+_PLAIN = re.compile('[\n\t\x20-\x7e\u3000-\u303f\u3041-\u30ff\u3400-\u9fff\uff01-\uff5e“”‘’—–…·]*')
 
 def strip_invisible(text:str) -> str:
     "Remove control, zero-width and direction characters (Unicode Cc, Cf), keep line breaks, tabs and joiners inside words."
@@ -100,7 +105,8 @@ def strip_invisible(text:str) -> str:
     text = re.sub(r'\r\n?|\u2028|\u2029|\x85', '\n', text)
     def keep(i, c):
         if c in '\n\t' or unicodedata.category(c) not in ('Cc', 'Cf'): return True
-        return c in '\u200c\u200d' and 0 < i < len(text)-1 and all(unicodedata.name(n, '').startswith(_JOINING) for n in (text[i-1], text[i+1]))
+        return c in '\u200c\u200d' and 0 < i < len(text)-1 and all(unicodedata.name(n, '').startswith(_JOINING)
+                                                                   for n in (text[i-1], text[i+1]))
     return ''.join(c for i, c in enumerate(text) if keep(i, c))
 
 # %% ../nbs/01_data.ipynb #a9411cfb
@@ -139,7 +145,8 @@ def mend(instruction:str, # as the file has it
     return whole, ''
 
 # %% ../nbs/01_data.ipynb #cf4e2f4e
-STEPS = {'invisible characters': strip_invisible, 'emoji': strip_emoji, 'labels': strip_labels, 'white space': strip_space}
+STEPS = {'invisible characters': strip_invisible, 'emoji': strip_emoji, 'labels': strip_labels,
+         'white space': strip_space}
 
 def cleaned(text:str, steps:dict=STEPS) -> tuple[str, tuple]: # the clean text, the names of the steps that changed it
     "Apply cleaning steps to a text."
@@ -163,7 +170,8 @@ def clean_rows(rows:list[dict], # from `read_source`
         changed['mended instruction'] += fixed != (new['instruction'] or '', new['user'])
         new['instruction'], new['user'] = fixed
         reason = bad(new)
-        if reason: rejects.append(Reject(r['source'], r['line'], f'{reason} after cleaning', str(r['instruction'])[:200]))
+        if reason:
+            rejects.append(Reject(r['source'], r['line'], f'{reason} after cleaning', str(r['instruction'])[:200]))
         else: out.append(new)
     return out, rejects, changed
 
@@ -193,19 +201,22 @@ def minhash(norms:list[str], # normal forms
     for k in range(1, n): inside[ends-k] = False
     h = h[inside[:len(h)]]; h ^= h >> np.uint64(29)
     starts = np.concatenate([[0], (size-n+1).cumsum()[:-1]])
-    return np.stack([np.minimum.reduceat(((h*x+y) >> np.uint64(32)).astype(np.uint32), starts) for x, y in zip(a, b)], 1)
+    return np.stack([np.minimum.reduceat(((h*x+y) >> np.uint64(32)).astype(np.uint32), starts) for x, y in zip(a, b)],
+                    1)
 
 # %% ../nbs/01_data.ipynb #6ff05084
 def _candidates(sig:np.ndarray, # from `minhash`
                 rows:int=4, most:int=30):
     "Pairs of texts that agree in a band; in a crowd of more than `most`, each with the first and with its neighbour."
     for band in np.split(sig, sig.shape[1]//rows, 1):
-        key = (band.astype(np.uint64) * np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x27D4EB2F165667C5], np.uint64)).sum(1)
+        key = (band.astype(np.uint64) * np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9,
+                                                  0x27D4EB2F165667C5], np.uint64)).sum(1)
         order = np.argsort(key, kind='stable')
         edges = np.concatenate([[0], np.flatnonzero(np.diff(key[order]))+1, [len(order)]])
         for i in np.flatnonzero(np.diff(edges) > 1):
             crowd = order[edges[i]:edges[i+1]].tolist()
-            yield from combinations(crowd, 2) if len(crowd) <= most else [*zip(crowd, crowd[1:]), *((crowd[0], c) for c in crowd[2:])]
+            yield from combinations(crowd, 2) if len(crowd) <= most else [*zip(crowd, crowd[1:]),
+                *((crowd[0], c) for c in crowd[2:])]
 
 def near_pairs(texts:list[str], # any texts
                near:float=0.8 # Jaccard similarity of character 5-grams
@@ -229,16 +240,22 @@ def drop_duplicates(rows:list[dict], near:float=0.8 # Jaccard similarity
     later = {}
     for i, j in near_pairs(said, near): later.setdefault(j, i)
     kind = lambda i, j: '' if normal(rows[i]['reply']) == normal(rows[j]['reply']) else 'near-'
-    rejects = [Reject(rows[j]['source'], rows[j]['line'], f"{kind(i, j)}duplicate of line {rows[i]['line']}", rows[j]['reply'][:200]) for j, i in sorted(later.items())]
+    rejects = [Reject(rows[j]['source'], rows[j]['line'], f"{kind(i, j)}duplicate of line {rows[i]['line']}",
+                      rows[j]['reply'][:200]) for j, i in sorted(later.items())]
     return [r for k, r in enumerate(rows) if k not in later], rejects
 
 # %% ../nbs/01_data.ipynb #d2532e81
-_ALONE = dict(Hangul='ko', Greek='el', Hebrew='he', Thai='th', Georgian='ka', Armenian='hy', Khmer='km', Lao='lo', Myanmar='my', Tamil='ta', Telugu='te',
-              Kannada='kn', Malayalam='ml', Gujarati='gu', Gurmukhi='pa', Sinhala='si', Tibetan='bo')  # one language writes it
+_ALONE = dict(Hangul='ko', Greek='el', Hebrew='he', Thai='th', Georgian='ka', Armenian='hy', Khmer='km', Lao='lo',
+              Myanmar='my', Tamil='ta', Telugu='te',
+              # one language writes it
+              Kannada='kn', Malayalam='ml', Gujarati='gu', Gurmukhi='pa', Sinhala='si', Tibetan='bo')
 _SEVERAL = ('Latin', 'Cyrillic', 'Arabic', 'Devanagari', 'Bengali')
-_FIND = {'Han': regex.compile(r'\p{Han}'), 'Kana': regex.compile(r'[\p{Hiragana}\p{Katakana}]')} | {s: regex.compile(rf'\p{{{s}}}+') for s in (*_ALONE, *_SEVERAL)}
+_FIND = {'Han': regex.compile(r'\p{Han}'),
+         'Kana': regex.compile(r'[\p{Hiragana}\p{Katakana}]')} | {s: regex.compile(rf'\p{{{s}}}+')
+                                                                  for s in (*_ALONE, *_SEVERAL)}
 
-_EUROPEAN = re.compile('[\x00-\u024f\u2000-\u206f\u20ac\u2122\u2212]*')  # Latin letters, digits, typography: most texts, told at once
+# Latin letters, digits, typography: most texts, told at once
+_EUROPEAN = re.compile('[\x00-\u024f\u2000-\u206f\u20ac\u2122\u2212]*')
 
 def script(text:str) -> str:
     "The script of most words of a text, 'Japanese' for kana with or without Han; '' if there is no letter."
@@ -275,7 +292,8 @@ def plausible(rows:list[dict], kind:str, # rows of one script
 # %% ../nbs/01_data.ipynb #ed98de3e
 def languages(rows:list[dict]) -> list[str]: # BCP-47 tags
     "The language of each row: its own tag, else by script, else the likeliest of those that the file is in."
-    kinds = [r['lang'] or script(r['reply']) or script(r['user']) or next(filter(None, (script(t['text']) for t in reversed(r['history']))), '') for r in rows]
+    kinds = [r['lang'] or script(r['reply']) or script(r['user'])
+             or next(filter(None, (script(t['text']) for t in reversed(r['history']))), '') for r in rows]
     usual = Counter(k for r, k in zip(rows, kinds) if k and not r['lang']).most_common(1)
     kinds = [k or (usual[0][0] if usual else 'Latin') for k in kinds]
     own = defaultdict(Counter)  # a character who says more lines with kana than without is Japanese in all of them
@@ -284,9 +302,11 @@ def languages(rows:list[dict]) -> list[str]: # BCP-47 tags
     there = {k: plausible(rs, k) for k, rs in of.items() if rs}
     def tag(r, k):
         if r['lang']: return r['lang']
-        if k in ('Han', 'Japanese'): return 'ja' if k == 'Japanese' or (o := own[r['source'], r['character']])['Japanese'] > o['Han'] else 'zh'
+        if k in ('Han', 'Japanese'):
+            return 'ja' if k == 'Japanese' or (o := own[r['source'], r['character']])['Japanese'] > o['Han'] else 'zh'
         if k in _ALONE: return _ALONE[k]
-        return there[k][0] if len(there[k]) == 1 else next(l for l, _ in _identifier().rank(_said(r, k)) if l in there[k])
+        return there[k][0] if len(there[k]) == 1 else next(l for l, _ in _identifier().rank(_said(r, k))
+                                                           if l in there[k])
     return [tag(r, k) for r, k in zip(rows, kinds)]
 
 # %% ../nbs/01_data.ipynb #480b150c
@@ -363,7 +383,8 @@ def cut_scenes(rows:list[dict], least:int=20 # scenes that need no cutting
     for s in scenes.values():
         for n, piece in enumerate(s[i:i+most] for i in range(0, len(s), most)):
             known = len(piece[0]['history']) if n else 0
-            out += [r | dict(history=r['history'][known:], scene=f"{r['scene']}/{n}" if n else r['scene']) for r in piece]
+            out += [r | dict(history=r['history'][known:], scene=f"{r['scene']}/{n}" if n else r['scene'])
+                    for r in piece]
     return out
 
 # %% ../nbs/01_data.ipynb #92d88503
@@ -384,7 +405,8 @@ def crossed(rows:list[dict], least:int=3 # characters
            ) -> list[list[int]]: # numbers of the rows of each such line
     "Lines that several characters answered, in one language and after the same history."
     at = defaultdict(list)
-    for i, r in enumerate(rows): at[r['lang'], normal(r['user']), tuple(normal(h['text']) for h in r.get('history') or [])].append(i)
+    for i, r in enumerate(rows): at[r['lang'], normal(r['user']),
+                                    tuple(normal(h['text']) for h in r.get('history') or [])].append(i)
     return [of for of in at.values() if len({rows[i]['character'] for i in of}) >= least]
 
 def _crossed_first(rows, groups, size, most:float, rng) -> dict: # group → 'test'
@@ -408,13 +430,15 @@ def split_rows(rows:list[dict], # labelled rows
     seen, unique = set(side), []
     for s in strata.values(): unique.append([g for g in s if g not in seen]); seen |= set(s)
     left = n - (given := sum(size[g] for g in side))
-    side |= _deal(unique, size, dict(test=max(0, (test_share*n-given)/left), valid=min(1, valid_share*n/left)), rng) if left else {}
+    side |= _deal(unique, size, dict(test=max(0, (test_share*n-given)/left), valid=min(1, valid_share*n/left)),
+                  rng) if left else {}
     rest = sorted((g for g in size if g not in side), key=size.get)
     for part in ('test', 'valid'):  # too few rows for a share: the smallest group
         if part not in side.values() and len(rest) > 1: side[rest.pop(0)] = part
     out = {p: [r for r, g in zip(rows, groups) if side.get(g, 'train') == p] for p in ('train', 'valid', 'test')}
     empty = [p for p, r in out.items() if not r]
-    if empty: raise DataError(f'{n} rows in {len(size)} groups leave nothing for {" and ".join(empty)}: bring more rows, or another split_by.')
+    if empty:
+        raise DataError(f'{n} rows in {len(size)} groups leave nothing for {" and ".join(empty)}: bring more rows, or another split_by.')
     return out
 
 # %% ../nbs/01_data.ipynb #c8b85330
@@ -441,7 +465,8 @@ def prepare(cfg:DataConfig # checked parameters
     "Read, clean, label and split the rows that `cfg` names, and write them under its `out`."
     done = label_and_split(*read_source(cfg.data, cfg.encoding, cfg.character, cfg.persona, cfg.columns), cfg)
     folder = rooted(cfg.out)/'data'
-    for name in ('train', 'valid', 'test'): write_jsonl(folder/f'{name}.jsonl', ({f: r[f] for f in FIELDS} for r in done[name]))
+    for name in ('train', 'valid', 'test'): write_jsonl(folder/f'{name}.jsonl',
+                                                        ({f: r[f] for f in FIELDS} for r in done[name]))
     write_jsonl(folder/'rejects.jsonl', map(asdict, done['rejects']))
     return done
 

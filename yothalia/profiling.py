@@ -60,7 +60,8 @@ def matmul_rate(n:int=1024, # size of the square matrices
 # %% ../nbs/05_profiling.ipynb #c72cf9b4
 def matmul_parameters(model) -> int:
     "Parameters that every token is multiplied with: all but the input embedding, the output layer included."
-    base = sum({p.data_ptr(): getattr(p, 'quant_state', None).shape.numel() if getattr(p, 'quant_state', None) is not None else p.numel() for p in model.parameters()}.values())
+    base = sum({p.data_ptr(): getattr(p, 'quant_state', None).shape.numel()
+                if getattr(p, 'quant_state', None) is not None else p.numel() for p in model.parameters()}.values())
     tied = model.get_output_embeddings().weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
     return base if tied else base - model.get_input_embeddings().weight.numel()
 
@@ -120,7 +121,8 @@ def operator_table(prof, n:int=10 # how many operators
     ops = [e for e in prof.key_averages() if e.key.startswith('aten::') or (cuda and own(e))]
     total = sum(map(own, ops))
     top = sorted(ops, key=own, reverse=True)[:n]
-    return pd.DataFrame([{'operator': e.key, 'calls': e.count, 'self time (ms)': own(e)/1e3, 'share': own(e)/total} for e in top])
+    return pd.DataFrame([{'operator': e.key, 'calls': e.count, 'self time (ms)': own(e)/1e3, 'share': own(e)/total}
+                         for e in top])
 
 # %% ../nbs/05_profiling.ipynb #9c4d919d
 def share_of_limit(tokens:int, seconds:float, flop_per_token:float, rate:float # FLOP/s
@@ -136,25 +138,34 @@ def plot_phases(record:dict, # of this step
     for (name, v), colour in zip(m.items(), ('#949494', '#56b4e9', '#0173b2', '#de8f05')):
         share = v/sum(m.values())
         ax.barh([0], [share], left=left, color=colour, height=.5)
-        if share > .08: ax.text(left+share/2, 0, f'{name}\n{share:.0%}', ha='center', va='center', color='white', fontsize=8)
+        if share > .08: ax.text(left+share/2, 0, f'{name}\n{share:.0%}', ha='center', va='center', color='white',
+                                fontsize=8)
         left += share
     reached = record['metrics']['train share of matmul rate']['value']
-    ax.set(xlim=(0, 1), yticks=[], xticks=[], title=f'Training iteration: {sum(m.values()):.1f} s, {reached:.0%} of the matmul rate')
+    ax.set(xlim=(0, 1), yticks=[], xticks=[],
+           title=f'Training iteration: {sum(m.values()):.1f} s, {reached:.0%} of the matmul rate')
 
-_KINDS = {'attention': ('scaled_dot_product', '_flash', 'efficient_attention', 'sdpa'), 'matrix products': ('aten::mm', 'aten::addmm', 'aten::bmm', 'aten::matmul', 'linear', 'gemm', 'xmma'),
-          'copies and casts': ('copy', 'clone', 'aten::cat', '_to_copy'), 'softmax and loss': ('softmax', 'nll', 'logsumexp', 'cross_entropy')}
+_KINDS = {'attention': ('scaled_dot_product', '_flash', 'efficient_attention', 'sdpa'),
+          'matrix products': ('aten::mm', 'aten::addmm', 'aten::bmm', 'aten::matmul', 'linear', 'gemm', 'xmma'),
+          'copies and casts': ('copy', 'clone', 'aten::cat', '_to_copy'),
+          'softmax and loss': ('softmax', 'nll', 'logsumexp', 'cross_entropy')}
 
+# %% ../nbs/05_profiling.ipynb #a85d4ee9x
 def operator_kind(name:str) -> str:
     "The kind of work that an operator does: attention (forward or backward), matrix products, copies, loss, element-wise."
     kind = next((k for k, parts in _KINDS.items() if any(p in name for p in parts)), 'element-wise and other')
     return f"{kind}, {'backward' if 'backward' in name else 'forward'}" if kind == 'attention' else kind
 
+# %% ../nbs/05_profiling.ipynb #a85d4ee9y
 def plot_operators(record:dict, ax):
     "The share of each kind of operator in the time of both iterations."
     ops = pd.DataFrame(record['what']['operators']).assign(kind=lambda d: d.operator.map(operator_kind))
-    wide = ops.pivot_table(index='kind', columns='iteration', values='share', aggfunc='sum').fillna(0).sort_values('train')
-    wide.plot.barh(ax=ax, color=['#949494', '#0173b2']); ax.set(xlabel='share of the operators\' time', ylabel='', title='Where the time goes')
+    wide = ops.pivot_table(index='kind', columns='iteration', values='share',
+                           aggfunc='sum').fillna(0).sort_values('train')
+    wide.plot.barh(ax=ax, color=['#949494', '#0173b2']); ax.set(xlabel='share of the operators\' time', ylabel='',
+                                                                title='Where the time goes')
 
+# %% ../nbs/05_profiling.ipynb #a85d4ee9z
 def plot_profile(record:dict):
     "Phases and operators, side by side."
     import matplotlib.pyplot as plt

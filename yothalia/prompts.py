@@ -38,7 +38,8 @@ class Template(Config):
     system: Texts = ''       # the system turn
     first: Texts = '{user}'  # the user's first turn
     user: Texts = '{user}'   # the user's later turns
-    examples: int = Field(0, ge=0, le=20)  # exchanges of the character shown before, those with lines nearest to this one
+    # exchanges of the character shown before, those with lines nearest to this one
+    examples: int = Field(0, ge=0, le=20)
     _exchanges = PrivateAttr(None)  # where they come from, see `drawn_from`
 
     @field_validator('system', 'first', 'user')
@@ -46,8 +47,10 @@ class Template(Config):
     def _marks(cls, texts, info):
         for text in texts.values() if isinstance(texts, dict) else [texts]:
             marks = re.findall(r'\{+\s*\w+\s*\}+', text)
-            if wrong := sorted(set(marks) - {'{persona}', '{user}'}): raise ValueError(f'{", ".join(wrong)} means nothing here, only {{persona}} and {{user}} do')
-            if marks.count('{user}') != (info.field_name != 'system'): raise ValueError('{user} must stand once in first and in user, and not in system')
+            if wrong := sorted(set(marks) - {'{persona}', '{user}'}):
+                raise ValueError(f'{", ".join(wrong)} means nothing here, only {{persona}} and {{user}} do')
+            if marks.count('{user}') != (info.field_name != 'system'):
+                raise ValueError('{user} must stand once in first and in user, and not in system')
         return texts
 
 # %% ../nbs/01a_prompts.ipynb #e1a00003
@@ -65,10 +68,12 @@ TEMPLATES = {
     'persona': Template(about='the persona in the system turn', system='{persona}'),
     'first-turn': Template(about="the persona at the head of the user's first turn", first='{persona}\n\n{user}'),
     'rules': Template(about='the persona and rules of play in the system turn', system=_RULES),
-    'examples': Template(about='the persona, and three exchanges of the character as earlier turns', system='{persona}', examples=3),
+    'examples': Template(about='the persona, and three exchanges of the character as earlier turns', system='{persona}',
+                         examples=3),
     'rules-examples': Template(about='persona, rules, and three exchanges', system=_RULES, examples=3),
     'original-marks': Template(about="the original study's marks for who is speaking",
-        first={'en': '<<SYS>>: {persona}\n<<USER>>: {user}\n<<ASSISTANT>>:', 'zh': '<<SYS>>\n指令：{persona}\n<</SYS>>\n\n用户：{user}\n助手：'},
+        first={'en': '<<SYS>>: {persona}\n<<USER>>: {user}\n<<ASSISTANT>>:',
+               'zh': '<<SYS>>\n指令：{persona}\n<</SYS>>\n\n用户：{user}\n助手：'},
         user={'en': '<<USER>>: {user}\n<<ASSISTANT>>:', 'zh': '用户：{user}\n助手：'}),
     'original-play': Template(about="the original study's request to play",
         first={'en': 'Play this role: {persona}\nReply to what stands between < and >. Do not dwell on who you are, and be brief.\n<{user}>',
@@ -87,8 +92,10 @@ def find_template(name:str # a key of `TEMPLATES`, or a YAML file with the field
         hint = f'did you mean {near[0]!r}? ' if near else ''
         raise DataError(f'no prompt template {name!r}: {hint}Known are {", ".join(TEMPLATES)}, or give a YAML file with about, system, first, user, examples')
     try: given = yaml.safe_load(path.read_text(encoding='utf-8'))
-    except (yaml.YAMLError, UnicodeDecodeError) as e: raise DataError(f'{path.name} is not YAML: {str(e).splitlines()[0]}') from None
-    if not isinstance(given, dict): raise DataError(f'{path.name} must hold fields like about and system, one per line, as in "system: {{persona}}"')
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise DataError(f'{path.name} is not YAML: {str(e).splitlines()[0]}') from None
+    if not isinstance(given, dict):
+        raise DataError(f'{path.name} must hold fields like about and system, one per line, as in "system: {{persona}}"')
     try: return configure(Template, given)
     except ConfigError as e: raise DataError(f'{path.name}: {e}') from None
 
@@ -123,11 +130,13 @@ class Exchanges:
         v, table = self.index[persona]
         order = np.argsort(-(table @ v.transform([row['user']]).T).toarray()[:, 0], kind='stable')
         apart = [some[i] for i in order if not _together(some[i], row)][:k]
-        return [t for r in apart[::-1] for t in (dict(role='user', text=r['user']), dict(role='assistant', text=r['reply']))]
+        return [t for r in apart[::-1] for t in (dict(role='user', text=r['user']),
+                                                 dict(role='assistant', text=r['reply']))]
 
 def _together(a:dict, b:dict) -> bool:
     "Whether two rows share line, reply or scene."
-    return any(a.get(k) and a.get(k) == b.get(k) for k in ('user', 'reply')) or bool(a.get('scene')) and (a['source'], a['scene']) == (b.get('source'), b.get('scene'))
+    return any(a.get(k) and a.get(k) == b.get(k) for k in ('user', 'reply')) or bool(a.get('scene')) and (a['source'],
+        a['scene']) == (b.get('source'), b.get('scene'))
 
 def drawn_from(template:Template, rows) -> Template:
     "The same template, with the rows from which its examples come."
@@ -159,18 +168,21 @@ def filled(texts:Texts, row:dict, user:str='') -> str:
 def messages(row:dict, tok, # a row, the model's tokenizer
              template:Template=PERSONA) -> list[dict]: # role, content
     "System turn, examples, history and line of a row as chat messages."
-    if template.examples and template._exchanges is None: raise DataError('this template shows examples: say by `drawn_from` from which rows')
+    if template.examples and template._exchanges is None:
+        raise DataError('this template shows examples: say by `drawn_from` from which rows')
     earlier = template._exchanges.near(row, template.examples) if template.examples else []
     system, first = filled(template.system, row), True
     out = [dict(role='system', content=system)] if system or speaks_up(tok) else []
     for turn in (*earlier, *(row.get('history') or ()), dict(role='user', text=row['user'])):
-        text = filled(template.first if first else template.user, row, turn['text']) if turn['role'] == 'user' else turn['text']
+        text = filled(template.first if first else template.user, row,
+                      turn['text']) if turn['role'] == 'user' else turn['text']
         first = first and turn['role'] != 'user'
         out.append(dict(role=turn['role'], content=text))
     return out
 
 # %% ../nbs/01a_prompts.ipynb #0ad340b0
-CONDITIONS = {'base': (False, False), 'prompt': (True, False), 'lora': (False, True), 'both': (True, True)}  # (told by the template, adapter)
+# (told by the template, adapter)
+CONDITIONS = {'base': (False, False), 'prompt': (True, False), 'lora': (False, True), 'both': (True, True)}
 COLOURS = dict(base='#949494', prompt='#0173b2', lora='#de8f05', both='#029e73')  # seaborn's colour-blind palette
 
 # %% ../nbs/01a_prompts.ipynb #4ff698d3
@@ -242,7 +254,9 @@ def chains(rows # rows in any order
     for i, r in enumerate(rows): scenes[(r['source'], r['scene'], r['character']) if r.get('scene') else i].append(r)
     for s in scenes.values():
         for r in sorted(s, key=lambda r: len(r['history'])):
-            known = out[-1][-1]['history'] + [dict(role='user', text=out[-1][-1]['user']), dict(role='assistant', text=out[-1][-1]['reply'])] if out and out[-1][-1] in s else None
+            known = out[-1][-1]['history'] + [dict(role='user', text=out[-1][-1]['user']),
+                                              dict(role='assistant',
+                                                   text=out[-1][-1]['reply'])] if out and out[-1][-1] in s else None
             if known and len(r['history']) >= len(known) and r['history'][:len(known)] == known: out[-1].append(r)
             else: out.append([r])
     return out

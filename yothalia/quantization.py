@@ -65,7 +65,8 @@ def time_reply(model, tok, prompt:str, # rendered text
     ids = tok(prompt, add_special_tokens=False, return_tensors='pt').to(model.device)
     clock, start = Clock(), time.perf_counter()
     with quiet():
-        model.generate(**ids, min_new_tokens=new_tokens, max_new_tokens=new_tokens, do_sample=False, temperature=None, top_p=None,
+        model.generate(**ids, min_new_tokens=new_tokens, max_new_tokens=new_tokens, do_sample=False, temperature=None,
+                       top_p=None,
                        pad_token_id=tok.pad_token_id, streamer=clock)
     first = clock.times[1]  # the first put is the prompt itself
     return first-start, (new_tokens-1)/(clock.times[-1]-first)
@@ -93,7 +94,8 @@ def measure(precision:str, # a key of `PRECISIONS`
     sums, counts = example_nll(model, data)
     del model; gc.collect()
     if torch.cuda.is_available(): torch.cuda.empty_cache()
-    return {'weights': memory, 'held-out loss': loss_metric(sums, counts), 'decode': mean_metric([t[1] for t in timed], 'tokens/s'),
+    return {'weights': memory, 'held-out loss': loss_metric(sums, counts),
+            'decode': mean_metric([t[1] for t in timed], 'tokens/s'),
             'first token': mean_metric([t[0] for t in timed], 's'), 'load': metric(loaded, 's')}, sums, counts
 
 # %% ../nbs/03_quantization.ipynb #6f13ea40
@@ -109,9 +111,12 @@ def precision_table(records:list[dict] # of this step
     lines = []
     for r in _sorted(records):
         m = {k: Metric(v) for k, v in r['metrics'].items()}
-        first = Metric({**m['first token'], 'value': m['first token']['value']*1e3, 'interval': m['first token']['interval'] and [x*1e3 for x in m['first token']['interval']]})
-        lines.append({'precision': r['what']['precision'], 'weights (MB)': f"{m['weights']['value']/1e6:.0f}", 'loss (nats/token)': f"{m['held-out loss']:.3f}",
-                      'added (paired)': f'{added(r):.4f}', 'decode (tokens/s)': f"{m['decode']:.1f}", 'first token (ms)': f'{first:.0f}'})
+        first = Metric({**m['first token'], 'value': m['first token']['value']*1e3,
+                        'interval': m['first token']['interval'] and [x*1e3 for x in m['first token']['interval']]})
+        lines.append({'precision': r['what']['precision'], 'weights (MB)': f"{m['weights']['value']/1e6:.0f}",
+                      'loss (nats/token)': f"{m['held-out loss']:.3f}",
+                      'added (paired)': f'{added(r):.4f}', 'decode (tokens/s)': f"{m['decode']:.1f}",
+                      'first token (ms)': f'{first:.0f}'})
     return pd.DataFrame(lines)
 
 # %% ../nbs/03_quantization.ipynb #0b7e77e8
@@ -123,11 +128,15 @@ def plot_precisions(records:list[dict], # of this step
     if not records: return axes
     pts = [(r['metrics']['weights']['value']/1e6, added(r), r['what']['precision']) for r in _sorted(records)]
     for k, (x, m, name) in enumerate(pts):
-        axes[0].plot([x, x], m['interval'], color='#0173b2', lw=2, alpha=.6); axes[0].plot(x, m['value'], 'o', color='#0173b2')
-        axes[0].annotate(name, (x, m['interval'][1]), xytext=(0, 4 + 9*(k % 2)), textcoords='offset points', ha='center', fontsize=8)
-    front = [(x, m['value']) for x, m, _ in pts if not any(a <= x and b['value'] <= m['value'] and (a, b['value']) != (x, m['value']) for a, b, _ in pts)]
+        axes[0].plot([x, x], m['interval'], color='#0173b2', lw=2, alpha=.6)
+        axes[0].plot(x, m['value'], 'o', color='#0173b2')
+        axes[0].annotate(name, (x, m['interval'][1]), xytext=(0, 4 + 9*(k % 2)), textcoords='offset points',
+                         ha='center', fontsize=8)
+    front = [(x, m['value']) for x, m, _ in pts if not any(a <= x and b['value'] <= m['value']
+                                                           and (a, b['value']) != (x, m['value']) for a, b, _ in pts)]
     axes[0].plot(*zip(*sorted(front)), '--', color='gray', zorder=0, lw=1)
-    axes[0].set(xscale='log', xlabel='weights (MB)', ylabel='nats per token', title='Loss added by quantization'); axes[0].margins(x=.15, y=.2)
+    axes[0].set(xscale='log', xlabel='weights (MB)', ylabel='nats per token', title='Loss added by quantization')
+    axes[0].margins(x=.15, y=.2)
     size = sorted(x for x, *_ in pts); ticks = [x for k, x in enumerate(size) if not k or x > 1.12*size[k-1]]
     axes[0].set_xticks(ticks, [f'{x:.0f}' for x in ticks]); axes[0].minorticks_off()
     for y, r in enumerate(_sorted(records)[::-1]):
@@ -135,5 +144,6 @@ def plot_precisions(records:list[dict], # of this step
         if m['interval']: axes[1].plot(m['interval'], [y, y], color='#0173b2', lw=2, alpha=.6)
         axes[1].plot(m['value'], y, 'o', color='#0173b2')
     axes[1].set_yticks(range(len(records)), [r['what']['precision'] for r in _sorted(records)[::-1]])
-    axes[1].set(xlabel='tokens/s', title='Decode speed, one reply at a time', xlim=(0, None)); axes[1].grid(axis='x', alpha=.25)
+    axes[1].set(xlabel='tokens/s', title='Decode speed, one reply at a time', xlim=(0, None))
+    axes[1].grid(axis='x', alpha=.25)
     return axes

@@ -55,7 +55,8 @@ def known_track(name:str) -> str:
     "The name of a track, or a `ConfigError` that lists what there is."
     if name in TRACKS: return name
     near = nearest(name, TRACKS)
-    raise ConfigError(f'unknown track {name!r}: ' + (f'did you mean {near[0]!r}? ' if near else '') + f'There are {", ".join(TRACKS)}')
+    raise ConfigError(f'unknown track {name!r}: ' + (f'did you mean {near[0]!r}? ' if near else '')
+                      + f'There are {", ".join(TRACKS)}')
 
 TrackName = Annotated[str, AfterValidator(known_track)]  # the type in every configuration
 
@@ -73,12 +74,14 @@ class QuestionsConfig(Config):
     seed: int = Field(0, ge=0, lt=2**32)
 
 # %% ../nbs/04a_questions.ipynb #22e5cb37
-_NO_SPACES = re.compile('[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+')  # Thai, Lao, Burmese, Khmer, kana, Han
+# Thai, Lao, Burmese, Khmer, kana, Han
+_NO_SPACES = re.compile('[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+')
 
 def tokens(text:str) -> list[str]:
     "Lower-case words in order of writing, then pairs of characters from scripts without spaces (a lone one stays alone)."
     runs = _NO_SPACES.findall(text)
-    return re.findall(r'[^\W\d_]+', _NO_SPACES.sub(' ', text.lower())) + [h[i:i+2] for h in runs for i in range(max(1, len(h)-1))]
+    return re.findall(r'[^\W\d_]+', _NO_SPACES.sub(' ', text.lower())) + [h[i:i+2] for h in runs
+        for i in range(max(1, len(h)-1))]
 
 def words(text:str) -> set[str]:
     "The distinct words of a text, for overlap."
@@ -88,7 +91,8 @@ def words(text:str) -> set[str]:
 def features(text:str) -> list[str]:
     "What retrieval compares: words, the first five letters of words that have as many, and single characters of scripts without spaces."
     found = tokens(text)
-    return found + ['#'+w[:5] for w in found if len(w) >= 5] + [c for h in _NO_SPACES.findall(text) for c in h] or [text]
+    return found + ['#'+w[:5] for w in found if len(w) >= 5] + [c for h in _NO_SPACES.findall(text)
+                                                                for c in h] or [text]
 
 def tfidf(texts:list[str]):
     "A TF-IDF vectorizer fitted on texts (scikit-learn)."
@@ -173,8 +177,10 @@ def question(pool:Pool, i:int, rows:list[int], track:str, # the row that is aske
              **more) -> dict: # id, track, cluster, lang, instruction, history, user, choices, answer
     "A question which of several replies answers row i."
     r, choices = pool.rows[i], [pool.rows[j]['reply'] for j in rows]
-    return dict(id=content_hash(r['instruction'], r['user'], choices), track=track, cluster=r['character'], lang=r['lang'],
-                instruction=r['instruction'], history=r.get('history') or [], user=r['user'], choices=choices, answer=rows.index(i)) | more
+    return dict(id=content_hash(r['instruction'], r['user'], choices), track=track, cluster=r['character'],
+                lang=r['lang'],
+                instruction=r['instruction'], history=r.get('history') or [], user=r['user'], choices=choices,
+                answer=rows.index(i)) | more
 
 def drawn_questions(pool:Pool, options:int, track:str, near:float): # yields questions
     "One question from each row whose distractors can be drawn."
@@ -191,7 +197,8 @@ def crossed_sets(pool:Pool, options:int, near:float=0.8): # yields lists of rows
         first, chosen = {}, []
         for i in of: first.setdefault(pool.rows[i]['character'], i)
         for c in sorted(first, key=lambda c: used[c]):
-            if len(chosen) < options and not any(alike(pool.rows[first[c]]['reply'], pool.rows[j]['reply'], near) for j in chosen): chosen.append(first[c])
+            if len(chosen) < options and not any(alike(pool.rows[first[c]]['reply'], pool.rows[j]['reply'], near)
+                                                 for j in chosen): chosen.append(first[c])
         if len(chosen) >= min(3, options): used.update(pool.rows[j]['character'] for j in chosen); yield chosen
 
 # %% ../nbs/04a_questions.ipynb #70a61df0
@@ -199,7 +206,8 @@ def near_sets(pool:Pool, options:int, near:float=0.8, apart:bool=False, # all of
               least:float=0): # yields lists of rows; least: cosine similarity of the lines
     "Sets of rows with similar lines; each row is in one set at most."
     lines, free = [r['user'] for r in pool.rows], np.ones(len(pool), bool)
-    same = (lambda a, b, near: alike(a['reply'], b['reply'], near)) if apart else as_right # one line may have several voices, but is not five lines
+    # one line may have several voices, but is not five lines
+    same = (lambda a, b, near: alike(a['reply'], b['reply'], near)) if apart else as_right
     for i, like in enumerate(similarities(lines, lines)):
         if not free[i]: continue
         chosen, ok = [i], free & (pool.lang == pool.lang[i]) & (like >= least)
@@ -218,7 +226,9 @@ def reply_sets(pool:Pool, options:int, track:str, near:float, line_near:float, e
     taken = {pool.names[j] for rows in sets for j in rows}
     rest = Pool([r for n, r in zip(pool.names, pool.rows) if n not in taken], pool.seed) if taken else pool
     at = {n: i for i, n in enumerate(pool.names)}
-    for rows in near_sets(rest, options, near, track == 'voice', line_near if track == 'voice' else 0) if len(rest) else (): yield [at[rest.names[j]] for j in rows], 'near lines'
+    for rows in near_sets(rest, options, near, track == 'voice',
+                          line_near if track == 'voice' else 0) if len(rest) else (): yield [at[rest.names[j]]
+                              for j in rows], 'near lines'
 
 def closed_questions(pool:Pool, options:int, track:str, near:float, line_near:float): # yields questions
     "Questions in sets, whole sets after each other."
@@ -233,18 +243,22 @@ def own_questions(pool:Pool, said:dict[str,list[str]], # line → what the model
     "One question from each row whose line the model has answered: the model's replies, and from three options on one of a shipped character's."
     shipped = [r for r in sample_rows() if r['lang'] in {o['lang'] for o in pool.rows}]
     order = [i for i in range(len(pool)) if pool.rows[i]['user'] in said]
-    like = similarities([pool.rows[i]['user'] for i in order], [r['user'] for r in shipped]) if shipped and order else [()]*len(order)
+    like = similarities([pool.rows[i]['user'] for i in order],
+                        [r['user'] for r in shipped]) if shipped and order else [()]*len(order)
     for i, near_to in zip(order, like):
         r, model = pool.rows[i], said[pool.rows[i]['user']]
-        others = [shipped[j]['reply'] for j in np.argsort(-np.asarray(near_to), kind='stable') if shipped[j]['lang'] == r['lang']][:20]
+        others = [shipped[j]['reply'] for j in np.argsort(-np.asarray(near_to), kind='stable')
+                  if shipped[j]['lang'] == r['lang']][:20]
         chosen = []
         for text, most in [(t, options-2) for t in model] + [(t, options-1) for t in others]:
-            if text.strip() and len(chosen) < most and not any(alike(text, c, near) for c in (r['reply'], *chosen)): chosen.append(text)
+            if text.strip() and len(chosen) < most and not any(alike(text, c, near) for c in (r['reply'], *chosen)):
+                chosen.append(text)
         if len(chosen) < 2: continue
         texts = [chosen[j] for j in pool.rng(i, 3).permutation(len(chosen))]
         answer = int(pool.rng(i, 2).integers(len(texts)+1))
         texts.insert(answer, r['reply'])
-        yield question(pool, i, [i], 'own') | dict(id=content_hash(r['instruction'], r['user'], texts), choices=texts, answer=answer, made='model and shipped characters')
+        yield question(pool, i, [i], 'own') | dict(id=content_hash(r['instruction'], r['user'], texts), choices=texts,
+                                                   answer=answer, made='model and shipped characters')
 
 # %% ../nbs/04a_questions.ipynb #fb264833
 def make_questions(rows:list[dict], # test rows
@@ -258,7 +272,8 @@ def make_questions(rows:list[dict], # test rows
     if kind.varies == 'persona': made = speaker_questions(pool, options, track, near)
     elif kind.alone: made = own_questions(pool, said or {}, options, near)
     elif kind.closed: made = closed_questions(pool, min(options, max(2, len(pool))), track, near, line_near)
-    else: made = drawn_questions(pool, max(3, min(options, len(pool))), track, near)  # a few rows still give questions, with fewer choices
+    # a few rows still give questions, with fewer choices
+    else: made = drawn_questions(pool, max(3, min(options, len(pool))), track, near)
     for q in made:
         if n and len(out) >= n and (not kind.closed or q['set'] != out[-1]['set']): break
         out.append(q)
@@ -266,7 +281,8 @@ def make_questions(rows:list[dict], # test rows
     return out
 
 NEEDS = {t: 'they need two characters of one language with different personas' if k.varies == 'persona' else
-         'they need lines that three characters answered, or similar lines of as many characters as there are options' if t == 'voice' else
+         'they need lines that three characters answered, or similar lines of as many characters as there are options'
+         if t == 'voice' else
          "they need the model's own replies to the lines" if k.alone else
          'bring more rows, raise test_share, or choose another track' for t, k in TRACKS.items()}
 
@@ -275,14 +291,16 @@ def casting(rows:list[dict]) -> dict[str,dict[str,str]]: # language → characte
     "Each character's commonest persona, by language."
     found = {}
     for r in rows:
-        if (r['instruction'] or '').strip(): found.setdefault(r['lang'], {}).setdefault(r['character'], Counter())[r['instruction']] += 1
+        if (r['instruction'] or '').strip(): found.setdefault(r['lang'], {}).setdefault(r['character'],
+            Counter())[r['instruction']] += 1
     return {lang: {c: n.most_common(1)[0][0] for c, n in sorted(of.items())} for lang, of in found.items()}
 
 def nearest_personas(who:dict[str,str], most:int=20 # character → persona of one language; how many
                     ) -> dict[str,list[str]]: # character → characters
     "For each character, the others whose personas are most like its own, most similar first."
     names, personas = list(who), list(who.values())
-    return {c: [names[j] for j in np.argsort(-like, kind='stable')[:most+1] if names[j] != c][:most] for c, like in zip(names, similarities(personas, personas))}
+    return {c: [names[j] for j in np.argsort(-like, kind='stable')[:most+1] if names[j] != c][:most]
+            for c, like in zip(names, similarities(personas, personas))}
 
 # %% ../nbs/04a_questions.ipynb #19f2abc2
 BLANK = '___'
@@ -290,7 +308,8 @@ BLANK = '___'
 def names_in(persona:str) -> set[str]:
     "Names that a persona holds: who it is, and words with a capital inside a sentence (unless the language writes them everywhere)."
     name = spoken_name(persona)
-    found = {w for w in re.findall(r"\b[A-ZÀ-Þ][\w’'-]+", name)} | ({name} | {name[-k:] for k in (2, 3)} if _NO_SPACES.fullmatch(name) else set())
+    found = {w for w in re.findall(r"\b[A-ZÀ-Þ][\w’'-]+", name)} | ({name} | {name[-k:] for k in (2, 3)}
+                                                                    if _NO_SPACES.fullmatch(name) else set())
     inside = set(re.findall(r"(?<=[a-zß-ÿ,;:] )[A-ZÀ-Þ][\w’'-]+", persona))
     return found | (inside if len(inside) < .3*max(1, len(re.findall(r'\b[a-zß-ÿ]\w+', persona))) else set())
 
@@ -298,7 +317,8 @@ def mask(text:str, names:set[str]) -> str:
     "The text with `BLANK` in place of the names."
     if not names: return text
     short = sorted((n for n in names if _NO_SPACES.fullmatch(n)), key=len, reverse=True)
-    text = re.sub(r"[^\W\d_][\w’'-]*", lambda m: BLANK if m[0] in names or re.sub(r"[’']s?$", '', m[0]) in names else m[0], text)
+    text = re.sub(r"[^\W\d_][\w’'-]*", lambda m: BLANK if m[0] in names or re.sub(r"[’']s?$", '', m[0]) in names
+                  else m[0], text)
     return re.sub('|'.join(map(re.escape, short)), BLANK, text) if short else text
 
 # %% ../nbs/04a_questions.ipynb #d0ab3414
@@ -314,12 +334,15 @@ def cast_sets(pool:Pool, cast:dict, options:int, near:float=0.8, close:bool=Fals
     "Sets of rows by different characters of one language, drawn by the rows they have left; with `close`, of characters who are alike."
     left, rng = {}, np.random.default_rng([pool.seed, 4])
     for i, r in enumerate(pool.rows):
-        if r['character'] in cast.get(r['lang'], {}): left.setdefault(r['lang'], {}).setdefault(r['character'], []).append(i)
+        if r['character'] in cast.get(r['lang'], {}): left.setdefault(r['lang'], {}).setdefault(r['character'],
+            []).append(i)
     size = {lang: len(_told_apart(of, cast[lang], options, near)) for lang, of in left.items()}
     friends = {lang: nearest_personas(cast[lang]) for lang in left} if close else {}
     for rows in crossed_sets(pool, options, near) if not close else ():
         lang, who = pool.rows[rows[0]]['lang'], [pool.rows[i]['character'] for i in rows]
-        if len(rows) != size.get(lang) or not all(i in left[lang].get(c, ()) for i, c in zip(rows, who)) or len(_told_apart(who, cast[lang], options, near)) < len(rows): continue
+        if len(rows) != size.get(lang) or not all(i in left[lang].get(c, ())
+                                                  for i, c in zip(rows, who)) or len(_told_apart(who, cast[lang],
+                                                      options, near)) < len(rows): continue
         for i, c in zip(rows, who): left[lang][c].remove(i)
         yield rows
     left = {lang: {c: rows for c, rows in of.items() if rows} for lang, of in left.items()}
@@ -329,7 +352,8 @@ def cast_sets(pool:Pool, cast:dict, options:int, near:float=0.8, close:bool=Fals
         of, names = left[lang], list(left[lang])
         rows = np.array([len(of[c]) for c in names], float)
         order = [names[j] for j in rng.choice(len(names), len(names), replace=False, p=rows/rows.sum())]
-        chosen = _told_apart([order[0], *(c for c in friends[lang][order[0]] if c in of)] if close else order, cast[lang], size[lang], near)
+        chosen = _told_apart([order[0], *(c for c in friends[lang][order[0]] if c in of)] if close else order,
+                             cast[lang], size[lang], near)
         whole = len(chosen) == size[lang]
         took = [of[c].pop(0) for c in (chosen if whole else chosen[:1])]
         for c in chosen:
@@ -341,15 +365,18 @@ def speaker_questions(pool:Pool, options:int=5, track:str='speaker', near:float=
     "Questions who speaks, in sets that share their personas: the reply is given, the choices are personas."
     kind, cast = TRACKS[track], casting(pool.rows)
     names = {lang: set().union(*map(names_in, who.values())) if kind.masked else set() for lang, who in cast.items()}
-    cast = {lang: {c: mask(p, names[lang]) for c, p in who.items()} for lang, who in cast.items()} # before they are told apart: names may be all that differs
+    # before they are told apart: names may be all that differs
+    cast = {lang: {c: mask(p, names[lang]) for c, p in who.items()} for lang, who in cast.items()}
     for rows in cast_sets(pool, cast, options, near, kind.near):
         lang, rows = pool.rows[rows[0]]['lang'], [rows[j] for j in pool.rng(min(rows), 3).permutation(len(rows))]
         say, speakers = lambda text: mask(text, names[lang]), [pool.rows[i]['character'] for i in rows]
         choices = [cast[lang][c] for c in speakers]
         for k, i in enumerate(rows):
             r = pool.rows[i]
-            yield dict(id=content_hash(r['user'], r['reply'], choices), track=track, cluster=speakers[k], lang=lang, instruction=choices[k],
-                       history=[h | dict(text=say(h['text'])) for h in r.get('history') or []], user=say(r['user']), reply=say(r['reply']),
+            yield dict(id=content_hash(r['user'], r['reply'], choices), track=track, cluster=speakers[k], lang=lang,
+                       instruction=choices[k],
+                       history=[h | dict(text=say(h['text'])) for h in r.get('history') or []], user=say(r['user']),
+                       reply=say(r['reply']),
                        choices=choices, speakers=speakers, answer=k, set=content_hash([pool.names[j] for j in rows]))
 
 # %% ../nbs/04a_questions.ipynb #69e7bb01
@@ -375,9 +402,11 @@ def save_questions(path:str|Path, qs:list[dict]) -> str: # the hash
 def _wrong(q) -> str:
     "Why an object is no question, or an empty string."
     need = ('id', 'cluster', 'lang', 'instruction', 'user', 'choices', 'answer')
-    if not isinstance(q, dict) or any(f not in q for f in need): return 'lacks ' + ', '.join(f for f in need if not isinstance(q, dict) or f not in q)
+    if not isinstance(q, dict) or any(f not in q for f in need):
+        return 'lacks ' + ', '.join(f for f in need if not isinstance(q, dict) or f not in q)
     c, a = q['choices'], q['answer']
-    if not isinstance(c, list) or not 2 <= len(c) <= 10 or not all(isinstance(o, str) and o for o in c): return 'has no 2 to 10 choices'
+    if not isinstance(c, list) or not 2 <= len(c) <= 10 or not all(isinstance(o, str) and o for o in c):
+        return 'has no 2 to 10 choices'
     if len(set(map(normal, c))) < len(c): return 'has a choice twice'
     return '' if type(a) is int and 0 <= a < len(c) else f'has answer {a!r} with {len(c)} choices'
 
@@ -391,7 +420,8 @@ def load_questions(path:str|Path, # from `save_questions`
     except ValueError as e: raise DataError(f'{Path(path).name} is not whole: {e}') from None
     for i, q in enumerate(qs, 1):
         if why := _wrong(q): raise DataError(f'{Path(path).name} line {i} {why}')
-    if expected and questions_hash(qs) != expected: raise DataError(f'{Path(path).name} has hash {questions_hash(qs)}, expected {expected}: these are other questions.')
+    if expected and questions_hash(qs) != expected:
+        raise DataError(f'{Path(path).name} has hash {questions_hash(qs)}, expected {expected}: these are other questions.')
     return qs
 
 # %% ../nbs/04a_questions.ipynb #b1bb6f5a
@@ -406,7 +436,8 @@ def _line(what, texts, twins) -> dict:
     "A line of the audit: of so many distinct texts, how many have a twin."
     texts = list(dict.fromkeys(texts)); hit = [t for t in texts if t in twins]
     exact = sum(normal(t) == normal(twins[t]) for t in hit)
-    return dict(what=what, n=len(texts), exact=exact, near=len(hit), share=len(hit)/max(1, len(texts)), example=hit[0][:80] if hit else '')
+    return dict(what=what, n=len(texts), exact=exact, near=len(hit), share=len(hit)/max(1, len(texts)),
+                example=hit[0][:80] if hit else '')
 
 # %% ../nbs/04a_questions.ipynb #a8776036
 def audit(qs:list[dict], # questions
@@ -420,9 +451,12 @@ def audit(qs:list[dict], # questions
     seen = _found(true + others, [r['reply'] for r in train], near)
     lines = [said(q['cluster'], q['user']) for q in qs]
     own = {normal(r['reply']) for r in test}
-    inside = {true[i]: c for i, q in enumerate(qs) for j, c in enumerate(q['choices']) if j != q['answer'] and 'reply' not in q and alike(c, true[i], near)}
-    return pd.DataFrame([_line('true reply among the training replies', true, seen), _line('distractor among the training replies', others, seen),
-        _line('character and line among the training rows', lines, _found(lines, [said(r['character'], r['user']) for r in train], near)),
+    inside = {true[i]: c for i, q in enumerate(qs) for j, c in enumerate(q['choices']) if j != q['answer']
+              and 'reply' not in q and alike(c, true[i], near)}
+    return pd.DataFrame([_line('true reply among the training replies', true, seen),
+                         _line('distractor among the training replies', others, seen),
+        _line('character and line among the training rows', lines,
+              _found(lines, [said(r['character'], r['user']) for r in train], near)),
         _line('distractor from outside the test rows', others, {c: c for c in others if normal(c) not in own}),
         _line('distractor is a twin of the true reply', true, inside)])
 
@@ -437,7 +471,8 @@ def check_overlap(table:pd.DataFrame, # from `audit`
     "The audit's table, or an `OverlapError` that names everything above the threshold."
     bad = table[table.share > most]
     if len(bad) and not allow:
-        said = '; '.join(f'{o.what}: {o.near} of {o.n} ({o.share:.1%}, {o.exact} of them exact), such as {o.example!r}' for o in bad.itertuples())
+        said = '; '.join(f'{o.what}: {o.near} of {o.n} ({o.share:.1%}, {o.exact} of them exact), such as {o.example!r}'
+                         for o in bad.itertuples())
         raise OverlapError(f'More than {most:.1%} overlap. {said}. Split the rows anew with 01_data, or say allow_overlap=True.')
     return table
 
@@ -454,7 +489,8 @@ def overlap(qs:list[dict], given=context, # what of the question is compared
     corpus = list(of) if corpus is None else corpus
     df = Counter(w for t in corpus for w in (of[t] if t in of else words(t)))
     idf = lambda w: math.log(1 + len(corpus)/(1+df[w]))
-    return [np.array([sum(map(idf, sorted(of[c] & said))) for c in q['choices']], float) for q in qs for said in [words(given(q))]]
+    return [np.array([sum(map(idf, sorted(of[c] & said))) for c in q['choices']], float) for q in qs
+            for said in [words(given(q))]]
 
 # %% ../nbs/04a_questions.ipynb #b6d0f5ba
 def oddness(qs:list[dict], block:int=1000 # questions at a time
@@ -485,10 +521,12 @@ def choices_only(lines:list[dict] # per-question lines of a `cloze` record
 # %% ../nbs/04a_questions.ipynb #492a4147
 def persona_rules(qs:list[dict]) -> dict[str,list[np.ndarray]]: # rule → (choices,) for each question
     "What rules without a model give to each persona."
-    df = Counter(w for p in {c for q in qs for c in q['choices']} for w in words(p)); n = len({c for q in qs for c in q['choices']})
+    df = Counter(w for p in {c for q in qs for c in q['choices']} for w in words(p))
+    n = len({c for q in qs for c in q['choices']})
     idf, often = lambda w: math.log(1 + n/(1+df[w])), Counter(q['cluster'] for q in qs)
     shared = lambda q, text: np.array([sum(map(idf, sorted(words(p) & words(text)))) for p in q['choices']], float)
-    return {'persona–reply overlap': [shared(q, q['reply']) for q in qs], 'persona–line overlap': [shared(q, q['user']) for q in qs],
+    return {'persona–reply overlap': [shared(q, q['reply']) for q in qs],
+            'persona–line overlap': [shared(q, q['user']) for q in qs],
             'most frequent': [np.array([often[c] for c in q['speakers']], float) for q in qs]}
 
 # %% ../nbs/04a_questions.ipynb #fd128031
@@ -499,7 +537,8 @@ class View:
     blind: str         # what it cannot know, in words
     fair: bool = False # sees both that are to be brought together: no artefact, but a rule to beat
 
-VIEWS = {'reply': {'choices only': View('', 'what is asked, and of whom'), 'choices and line': View('user', 'who speaks'),
+VIEWS = {'reply': {'choices only': View('', 'what is asked, and of whom'),
+                   'choices and line': View('user', 'who speaks'),
                    'choices and persona': View('instruction', 'what is answered', fair=True)},
          'persona': {'choices only': View('', 'what was said'), 'choices and line': View('user', 'what was replied'),
                      'choices and reply': View('reply', 'what was answered', fair=True)}}
@@ -513,7 +552,8 @@ def _match(choice:str, part:str, idf:dict, otherwise:float) -> list[float]:
     "How a choice and a part of the question go together: common words, their weight, the share of the choice, the lengths."
     a, b = words(choice), words(part)
     both = sorted(a & b)
-    return [len(both), sum(idf.get(w, otherwise) for w in both), len(both)/max(1, len(a)), math.log((1+len(choice))/(1+len(part)))]
+    return [len(both), sum(idf.get(w, otherwise) for w in both), len(both)/max(1, len(a)),
+            math.log((1+len(choice))/(1+len(part)))]
 
 def _idf(texts:list[str]) -> dict[str,float]:
     "The inverse document frequency of all words of some texts."
@@ -561,7 +601,8 @@ def learned_rule(qs:list[dict], # questions of one track
         asked, use = np.isin(owner, ask), np.isin(owner, learn)
         if 'reply' not in qs[0]: use &= ~np.isin(texts, texts[asked])
         use &= np.isin(owner, owner[use & true]) # a question that lost its true reply teaches nothing
-        rule = LogisticRegression(C=C, fit_intercept=False, class_weight='balanced', tol=1e-3, max_iter=1000).fit(_centred(x[use], owner[use]), true[use])
+        rule = LogisticRegression(C=C, fit_intercept=False, class_weight='balanced', tol=1e-3,
+                                  max_iter=1000).fit(_centred(x[use], owner[use]), true[use])
         score = dict(zip(np.flatnonzero(asked), np.round(x[asked] @ rule.coef_[0], 9)))
         for i in ask: picks[i] = int(np.argmax([score[j] for j in range(first[i], first[i+1])]))
     return picks
@@ -572,7 +613,9 @@ class CharacterClassifier:
     def __init__(self, rows:list[dict]):
         from sklearn.linear_model import LogisticRegression
         self.vectors = tfidf([r['reply'] for r in rows])
-        self.model = LogisticRegression(C=10., class_weight='balanced', max_iter=1000).fit(self.vectors.transform([r['reply'] for r in rows]), [r['character'] for r in rows])
+        self.model = LogisticRegression(C=10., class_weight='balanced',
+                                        max_iter=1000).fit(self.vectors.transform([r['reply'] for r in rows]),
+                                                           [r['character'] for r in rows])
     def probabilities(self, replies:list[str]) -> pd.DataFrame: # (replies, characters)
         "How probable each character is for each reply."
         return pd.DataFrame(self.model.predict_proba(self.vectors.transform(replies)), columns=self.model.classes_)
@@ -587,11 +630,14 @@ def taught_rule(qs:list[dict], # questions of one track
     known = {}
     for lang in {q['lang'] for q in qs}:
         rows = [r for r in train if r['lang'] == lang]
-        if len(names := {r['character'] for r in rows}) < 2 or not {c for q in qs if q['lang'] == lang for c in q.get('speakers', [q['cluster']])} <= names: return []
+        if len(names := {r['character'] for r in rows}) < 2 or not {c for q in qs if q['lang'] == lang
+            for c in q.get('speakers', [q['cluster']])} <= names: return []
         known[lang] = CharacterClassifier(rows)
-    texts = {lang: list(dict.fromkeys(t for q in qs if q['lang'] == lang for t in ([q['reply']] if 'reply' in q else q['choices']))) for lang in known}
+    texts = {lang: list(dict.fromkeys(t for q in qs if q['lang'] == lang
+                                      for t in ([q['reply']] if 'reply' in q else q['choices']))) for lang in known}
     found = {lang: known[lang].probabilities(ts).assign(text=ts).set_index('text') for lang, ts in texts.items()}
-    return [found[q['lang']].loc[q['reply'], q['speakers']].to_numpy() if 'reply' in q else found[q['lang']].loc[q['choices'], q['cluster']].to_numpy() for q in qs]
+    return [found[q['lang']].loc[q['reply'], q['speakers']].to_numpy() if 'reply' in q
+            else found[q['lang']].loc[q['choices'], q['cluster']].to_numpy() for q in qs]
 
 # %% ../nbs/04a_questions.ipynb #236a4e54
 LEARNED = 'learned from the choices'
@@ -605,7 +651,8 @@ def rule_scores(qs:list[dict], train:list[dict]=() # rows of the same characters
     odd = oddness(qs) if qs else []
     line, persona = overlap(qs, lambda q: q['user']), overlap(qs, lambda q: q['instruction'] or '')
     out = dict(zip(RULES, (longest(qs), overlap(qs), line, persona, odd, [-s for s in odd])))
-    if len(qs) > 1 and TRACKS[qs[0].get('track', 'random')].alone: out[LEARNED] = [np.eye(len(q['choices']))[p] for q, p in zip(qs, learned_rule(qs))]
+    if len(qs) > 1 and TRACKS[qs[0].get('track', 'random')].alone:
+        out[LEARNED] = [np.eye(len(q['choices']))[p] for q, p in zip(qs, learned_rule(qs))]
     return out | taught
 
 def rule_picks(qs:list[dict], cloze:list[dict]=(), # lines of a `cloze` record, for choices only
@@ -614,12 +661,14 @@ def rule_picks(qs:list[dict], cloze:list[dict]=(), # lines of a `cloze` record, 
     scores, alone = rule_scores(qs, train), choices_only([o for o in cloze if 'pmi' in o])
     if alone: scores['choices only'] = [alone.get(q['id']) for q in qs]
     return [dict(id=q['id'], cluster=q['cluster'], lang=q['lang'], answer=q['answer'],
-                 **{name: None if s[i] is None else int(np.argmax(s[i])) for name, s in scores.items()}) for i, q in enumerate(qs)]
+                 **{name: None if s[i] is None else int(np.argmax(s[i])) for name, s in scores.items()})
+                 for i, q in enumerate(qs)]
 
 def baselines(qs:list[dict], train:list[dict]=()) -> dict[str,np.ndarray]: # rule → (n,) right or wrong
     "What rules without a model get right."
     picks = rule_picks(qs, train=train)
-    return {name: np.array([o[name] == o['answer'] for o in picks]) for name in picks[0] if name not in ('id', 'cluster', 'lang', 'answer')}
+    return {name: np.array([o[name] == o['answer'] for o in picks]) for name in picks[0]
+            if name not in ('id', 'cluster', 'lang', 'answer')}
 
 # %% ../nbs/04a_questions.ipynb #cdb2f26e
 def _share(right) -> dict: # a metric
@@ -633,7 +682,8 @@ def rule_metrics(qs:list[dict], picks:list[dict] # from `rule_picks`
     "Accuracies of the rules with Wilson intervals, and chance."
     names = [k for k in picks[0] if k not in ('id', 'cluster', 'lang', 'answer')]
     got = {name: [o[name] == o['answer'] for o in picks if o[name] is not None] for name in names}
-    return {name: _share(v) for name, v in got.items() if v} | {'chance': metric(float(np.mean([1/len(q['choices']) for q in qs])), 'accuracy', len(qs))}
+    return {name: _share(v) for name, v in got.items()
+            if v} | {'chance': metric(float(np.mean([1/len(q['choices']) for q in qs])), 'accuracy', len(qs))}
 
 # %% ../nbs/04a_questions.ipynb #0e5fb09f
 def chosen_rule(qs:list[dict], # questions of one track
@@ -641,10 +691,13 @@ def chosen_rule(qs:list[dict], # questions of one track
                 train:list[dict]=() # training rows
                ) -> dict: # rule, and what it was chosen by
     "The rule that stands beside the models."
-    if TRACKS[qs[0].get('track', 'random')].alone and len(qs) > 1: return dict(rule=LEARNED, rule_by='nothing: it is the artefact model')
+    if TRACKS[qs[0].get('track', 'random')].alone and len(qs) > 1:
+        return dict(rule=LEARNED, rule_by='nothing: it is the artefact model')
     taught = bool(taught_rule(qs, train))
     if len(dev) < 20 and taught: return dict(rule=TAUGHT, rule_by='nothing: too few held-out questions')
-    if len(dev) < 20: return dict(rule='persona–reply overlap' if TRACKS[qs[0].get('track', 'random')].varies == 'persona' else 'overlap', rule_by='nothing: too few held-out questions')
+    if len(dev) < 20:
+        return dict(rule='persona–reply overlap' if TRACKS[qs[0].get('track', 'random')].varies == 'persona'
+                    else 'overlap', rule_by='nothing: too few held-out questions')
     shares = {k: float(v.mean()) for k, v in baselines(dev, train).items() if k != TAUGHT or taught}
     return dict(rule=max(shares, key=shares.get), rule_by=f'{len(dev)} held-out questions')
 
@@ -660,14 +713,16 @@ def save_rules(folder:str|Path, # where records are kept
     "Write what the rules pick, and a record of what they get."
     track, picks = qs[0].get('track', 'random'), rule_picks(qs, cloze, train)
     path = write_jsonl(Path(folder)/f'benchmark-rules-{track}.questions.jsonl', picks)
-    what = dict(step='benchmark', track=track, mode='rules', condition='none', adapter='', questions_hash=questions_hash(qs),
+    what = dict(step='benchmark', track=track, mode='rules', condition='none', adapter='',
+                questions_hash=questions_hash(qs),
                 options=max(len(q['choices']) for q in qs)) | chosen_rule(qs, dev, train) | what
     return save_record(Path(folder)/f'benchmark-rules-{track}.json', what, rule_metrics(qs, picks), params, path)
 
 def rules_table(records:list[dict] # from `load_records`, mode 'rules'
                ) -> pd.DataFrame: # rows: tracks; columns: rules
     "Accuracy of each rule with its interval, one line per track."
-    lines = [dict(track=r['what']['track'], n=r['metrics']['chance']['n']) | {k: str(m) for k, m in r['metrics'].items()} for r in records]
+    lines = [dict(track=r['what']['track'], n=r['metrics']['chance']['n'])
+             | {k: str(m) for k, m in r['metrics'].items()} for r in records]
     return pd.DataFrame(sorted(lines, key=lambda o: list(TRACKS).index(o['track']))).fillna('')
 
 # %% ../nbs/04a_questions.ipynb #1500bc4a
@@ -678,11 +733,15 @@ def plot_rules(records:list[dict], ax=None):
     records = sorted(records, key=lambda r: list(TRACKS).index(r['what']['track']))
     names = list(dict.fromkeys(k for r in records for k in r['metrics'] if k != 'chance'))
     for j, name in enumerate(names):
-        at = [(i + .7*(j-(len(names)-1)/2)/len(names), r['metrics'][name]) for i, r in enumerate(records) if name in r['metrics']]
+        at = [(i + .7*(j-(len(names)-1)/2)/len(names), r['metrics'][name]) for i, r in enumerate(records)
+              if name in r['metrics']]
         v = np.array([m['value'] for _, m in at]); low, high = np.array([m['interval'] for _, m in at]).T
-        ax.errorbar([x for x, _ in at], v, [np.maximum(v-low, 0), np.maximum(high-v, 0)], fmt='o', capsize=3, label=name)
-    for i, r in enumerate(records): ax.hlines(r['metrics']['chance']['value'], i-.45, i+.45, color='gray', ls=':', label='' if i else 'chance')
-    ax.set_xticks(range(len(records)), [f"{r['what']['track']}\n(n = {r['metrics']['chance']['n']:,})" for r in records])
+        ax.errorbar([x for x, _ in at], v, [np.maximum(v-low, 0), np.maximum(high-v, 0)], fmt='o', capsize=3,
+                    label=name)
+    for i, r in enumerate(records): ax.hlines(r['metrics']['chance']['value'], i-.45, i+.45, color='gray', ls=':',
+                                              label='' if i else 'chance')
+    ax.set_xticks(range(len(records)),
+                  [f"{r['what']['track']}\n(n = {r['metrics']['chance']['n']:,})" for r in records])
     ax.set(ylim=(0, 1), ylabel='accuracy', title='What rules get without a model'); ax.legend(ncols=5, fontsize=8)
     return ax
 
@@ -690,11 +749,17 @@ def plot_rules(records:list[dict], ax=None):
 def plot_lengths(tracks:dict[str,list[dict]]): # track → questions
     "Lengths of true replies and distractors by track, and how often none, one … all of the distractors are longer."
     import matplotlib.pyplot as plt, seaborn as sns
-    cells = [dict(track=t, characters=len(c), reply='true' if i == q['answer'] else 'distractor') for t, qs in tracks.items() for q in qs for i, c in enumerate(q['choices'])]
-    longer = [dict(track=t, longer=sum(len(c) > len(q['choices'][q['answer']]) for c in q['choices'])) for t, qs in tracks.items() for q in qs]
+    cells = [dict(track=t, characters=len(c), reply='true' if i == q['answer'] else 'distractor')
+             for t, qs in tracks.items() for q in qs for i, c in enumerate(q['choices'])]
+    longer = [dict(track=t, longer=sum(len(c) > len(q['choices'][q['answer']]) for c in q['choices']))
+              for t, qs in tracks.items() for q in qs]
     fig, ax = plt.subplots(1, 2, figsize=(11, 3.4), layout='constrained')
-    sns.boxplot(pd.DataFrame(cells), x='track', y='characters', hue='reply', hue_order=['true', 'distractor'], showfliers=False, ax=ax[0])
+    sns.boxplot(pd.DataFrame(cells), x='track', y='characters', hue='reply', hue_order=['true', 'distractor'],
+                showfliers=False, ax=ax[0])
     ax[0].set(title='Length of the replies', xlabel='')
-    share = pd.DataFrame(longer).groupby('track', sort=False).longer.value_counts(normalize=True).rename('share').reset_index()
-    sns.lineplot(share, x='longer', y='share', hue='track', hue_order=[t for t, qs in tracks.items() if qs], marker='o', ax=ax[1]).set(title='Distractors longer than the true reply', xlabel='how many', ylim=(0, None), xticks=sorted(set(share.longer)))
+    share = pd.DataFrame(longer).groupby('track',
+                                         sort=False).longer.value_counts(normalize=True).rename('share').reset_index()
+    sns.lineplot(share, x='longer', y='share', hue='track', hue_order=[t for t, qs in tracks.items() if qs], marker='o',
+                 ax=ax[1]).set(title='Distractors longer than the true reply', xlabel='how many', ylim=(0, None),
+                               xticks=sorted(set(share.longer)))
     return fig

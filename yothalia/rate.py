@@ -46,7 +46,8 @@ def rising(t:Training, lowest:float, highest:float, steps:int) -> list[dict]: # 
     "Steps with a learning rate that grows by the same factor each time."
     rates = np.geomspace(lowest, highest, steps)
     t.learning_rate = lambda i: float(rates[min(i, steps-1)])
-    t.batches = step_batches(len(t.train), t.told.batch, math.ceil(steps*t.told.batch/len(t.train)), t.told.seed)[:steps]
+    t.batches = step_batches(len(t.train), t.told.batch, math.ceil(steps*t.told.batch/len(t.train)),
+                             t.told.seed)[:steps]
     before = np.array(example_nll(t.model, t.train)); t.model.train()
     t.mark = time.perf_counter()
     with packed(t.model):
@@ -73,9 +74,12 @@ def plot_rates(log:list[dict], ax=None):
     "Loss over a rising learning rate, as measured and smoothed, with the suggestions."
     ax = ax or plt_axes()
     rate, loss = [l['learning_rate'] for l in log], [l['change'] for l in log]
-    ax.plot(rate, loss, '.', color='#949494', label='each step'); ax.plot(rate, smoothed(loss), color='#029e73', label='smoothed')
-    for (name, r), style in zip(suggested(log).items(), ('--', ':')): ax.axvline(r, ls=style, color='#de8f05', label=f'{name}: {r:.1e}')
-    ax.set(xscale='log', xlabel='learning rate', ylabel='change of the loss (nats per token)', title='How large may the steps be?'); ax.legend(fontsize=8)
+    ax.plot(rate, loss, '.', color='#949494', label='each step')
+    ax.plot(rate, smoothed(loss), color='#029e73', label='smoothed')
+    for (name, r), style in zip(suggested(log).items(), ('--', ':')):
+        ax.axvline(r, ls=style, color='#de8f05', label=f'{name}: {r:.1e}')
+    ax.set(xscale='log', xlabel='learning rate', ylabel='change of the loss (nats per token)',
+           title='How large may the steps be?'); ax.legend(fontsize=8)
     return ax
 
 def plt_axes():
@@ -89,6 +93,8 @@ def find_rate(cfg:RateConfig, rows:list[dict]) -> list[dict]: # the log
     tok, how = load_tokenizer(cfg.model), drawn_from(find_template(run_template(cfg.out, cfg.template)), rows)
     data, _ = examples(rows, tok, cfg.max_tokens or token_budget(rows, tok, how), .3, cfg.seed, how)
     seed_everything(cfg.seed)
-    model = add_lora(load_model(cfg.model, cfg.precision), LoraConfig(rank=cfg.rank, alpha=2*cfg.rank, precision=cfg.precision))
+    model = add_lora(load_model(cfg.model, cfg.precision), LoraConfig(rank=cfg.rank, alpha=2*cfg.rank,
+                                                                      precision=cfg.precision))
     with tempfile.TemporaryDirectory() as box:
-        return rising(Training(model, data, [], Told(batch=cfg.batch, seed=cfg.seed), box), cfg.lowest, cfg.highest, cfg.steps)
+        return rising(Training(model, data, [], Told(batch=cfg.batch, seed=cfg.seed), box), cfg.lowest, cfg.highest,
+                      cfg.steps)

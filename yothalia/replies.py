@@ -91,7 +91,8 @@ class Known:
 
 # %% ../nbs/04g_replies.ipynb #a7a00013
 ASSISTANT = re.compile('|'.join((
-    r"\bas an? (?:ai|artificial|language model)", r"\b(?:ai|virtual|language) (?:assistant|model)", r"i['’]?m (?:here|happy|glad) to (?:help|assist)",
+    r"\bas an? (?:ai|artificial|language model)", r"\b(?:ai|virtual|language) (?:assistant|model)",
+    r"i['’]?m (?:here|happy|glad) to (?:help|assist)",
     r"i['’]d be (?:happy|glad) to", r"(?:can|may) i (?:help|assist) you", r"feel free to (?:ask|reach)",
     r"i (?:don['’]t|do not) have (?:personal|feelings|access)",
     '作为一?[个名位款]?(?:AI|人工智能|语言模型|虚拟|助手)', '(?:语言模型|人工智能助手|AI助手|智能助手)', '(?:很高兴|乐意)(?:为您|帮助您|协助)',
@@ -121,7 +122,8 @@ def measured(replies:list[dict], # character, lang, user, reply, author, ended, 
         out.append({k: v for k, v in r.items() if k != 'instruction'} | dict(
             own=None if np.isnan(p) else round(float(p), 4), recognised=None if np.isnan(best) else bool(best),
             run=train.longest(t), copied=round(train.share(t), 4), parroted=round(personas.share(t), 4),
-            repeated=round(repeated(t), 4), elsewhere=round(again, 4), ratio=round(len(units(t))/max(1, len(units(r['author']))), 4),
+            repeated=round(repeated(t), 4), elsewhere=round(again, 4),
+            ratio=round(len(units(t))/max(1, len(units(r['author']))), 4),
             script=script(t) == script(r['author']), assistant=bool(ASSISTANT.search(t))))
     return out
 
@@ -164,7 +166,8 @@ def replies_of(cfg:RepliesConfig, model, tok, rows:list[dict], condition:str, # 
     tells, on = CONDITIONS[condition]
     how, groups = told if tells else BARE, [rows[i:i+cfg.group] for i in range(0, len(rows), cfg.group)]
     name = template_id(run_template(cfg.out, cfg.template) if tells else 'bare')
-    what = [model_name(cfg.model), cfg.precision, adapter_hash(adapter) if on else '', name, data_hash(cfg.out), cfg.sampled,
+    what = [model_name(cfg.model), cfg.precision, adapter_hash(adapter) if on else '', name, data_hash(cfg.out),
+            cfg.sampled,
             cfg.temperature, cfg.new_tokens, cfg.seed, device_info()['device']]
     key = content_hash(what, package_dir()/'prompts.py', package_dir()/'models.py')
     sampling = dict(do_sample=True, temperature=cfg.temperature, top_p=.95)
@@ -180,7 +183,8 @@ def replies_of(cfg:RepliesConfig, model, tok, rows:list[dict], condition:str, # 
     path = path or rooted(cfg.out)/'priors'/f'replies-{condition}.jsonl'
     ids = [content_hash([row_id(r) for r in g]) for g in groups]
     with switched(model, on): got = write_lines(path, key, ids, write, condition)
-    return [{k: r[k] for k in ('character', 'lang', 'user', 'instruction')} | dict(id=row_id(r), author=r['reply'], sample=j, reply=t, ended=e)
+    return [{k: r[k] for k in ('character', 'lang', 'user', 'instruction')}
+            | dict(id=row_id(r), author=r['reply'], sample=j, reply=t, ended=e)
             for g, o in zip(groups, got) for r, s in zip(g, o['said']) for j, (t, e) in enumerate(s)]
 
 # %% ../nbs/04g_replies.ipynb #a7a0001e
@@ -197,7 +201,8 @@ def measure_replies(cfg:RepliesConfig, model, tok, rows:dict, # train, valid, te
     for c, replies in said.items():
         lines = measured(replies, train, own_probability(replies, authors, cfg.folds))
         tells, on = CONDITIONS.get(c, (False, False))
-        what = dict(step='replies', model=model_name(cfg.model), precision=cfg.precision, condition=c, data_hash=data_hash(cfg.out),
+        what = dict(step='replies', model=model_name(cfg.model), precision=cfg.precision, condition=c,
+                    data_hash=data_hash(cfg.out),
                     split=split_kind(cfg.out), adapter=adapter_hash(adapter) if on else '',
                     template=template_id(run_template(cfg.out, cfg.template) if tells else 'bare'))
         path = write_jsonl(folder/f'replies-{c}.lines.jsonl', lines)

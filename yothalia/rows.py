@@ -74,8 +74,10 @@ def _members(path:Path) -> Iterator[tuple[str, bytes]]:
     "Name and content of each file of a zip."
     try: z = zipfile.ZipFile(path)
     except zipfile.BadZipFile as e: raise DataError(f'{path.name} is not a zip file: {e}') from None
-    inside = [i for i in z.infolist() if Path(i.filename).suffix.lower() in SUFFIXES and not Path(i.filename).name.startswith(('.', '__'))]
-    if not inside: raise DataError(f'{path.name} holds no file that could be read ({", ".join(SUFFIXES)}), only {", ".join(z.namelist()[:5])}.')
+    inside = [i for i in z.infolist() if Path(i.filename).suffix.lower() in SUFFIXES
+              and not Path(i.filename).name.startswith(('.', '__'))]
+    if not inside:
+        raise DataError(f'{path.name} holds no file that could be read ({", ".join(SUFFIXES)}), only {", ".join(z.namelist()[:5])}.')
     left = MAX_BYTES
     for i in inside:
         if i.flag_bits & 1: raise DataError(f'{path.name}: {i.filename} is encrypted; unpack it first.')
@@ -87,7 +89,8 @@ def _members(path:Path) -> Iterator[tuple[str, bytes]]:
 def read_bytes(path:str|Path) -> Iterator[tuple[str, bytes]]: # name and content; several for a zip
     "A file's bytes, unpacked if need be; a `DataError` if it is not there or too large."
     path = Path(path)
-    if not path.is_file(): raise DataError(f'There is no file {tidy(path)}: give a path from the project\'s root, or an absolute one.{_near_file(path)}')
+    if not path.is_file():
+        raise DataError(f'There is no file {tidy(path)}: give a path from the project\'s root, or an absolute one.{_near_file(path)}')
     if path.suffix.lower() == '.zip': yield from _members(path); return
     if path.stat().st_size > MAX_BYTES: _too_large(path.name)
     if path.suffix.lower() != '.gz': yield path.name, path.read_bytes(); return
@@ -122,7 +125,8 @@ def decoded(name:str, b:bytes, # a file's name and content
 def _csv_items(name:str, text:str):
     "Yield (line, dict or reason) for each row of CSV text (RFC 4180)."
     csv.field_size_limit(2**31-1)
-    rows = csv.reader(io.StringIO(text, newline=''), strict=True, delimiter='\t' if name.lower().endswith('.tsv') else ',')
+    rows = csv.reader(io.StringIO(text, newline=''), strict=True,
+                      delimiter='\t' if name.lower().endswith('.tsv') else ',')
     header = [h.strip().lower() for h in next(rows)]
     double = [h for h, n in Counter(header).items() if n > 1 and h]
     if double: raise DataError(f'{name} line 1: the header names {double[0]!r} twice; rename one of them.')
@@ -139,7 +143,8 @@ def _csv_items(name:str, text:str):
 # %% ../nbs/00b_rows.ipynb #770067a6
 def _object(o) -> dict|str:
     "The object with lower-case keys, or the reason why it is none."
-    return {str(k).lower(): v for k, v in o.items()} if isinstance(o, dict) else f'a {type(o).__name__} where an object was expected'
+    return {str(k).lower(): v for k, v in o.items()} if isinstance(o,
+        dict) else f'a {type(o).__name__} where an object was expected'
 
 def _json_lines(text:str):
     "Yield (line, dict or reason) for each line of JSON Lines (RFC 8259)."
@@ -159,7 +164,8 @@ def _json_items(name:str, text:str):
         if chats := telegram_chats(root): yield 0, chats; return
         root = next((v for k, v in root.items() if k in ('data', 'rows', 'train') and isinstance(v, list)), root)
     if isinstance(root, dict) and any(k in root for k in ('messages', 'conversations')): root = [root]
-    if not isinstance(root, list): raise DataError(f'{name} holds a JSON {type(root).__name__}: expected a list of rows, [{{…}}, {{…}}].')
+    if not isinstance(root, list):
+        raise DataError(f'{name} holds a JSON {type(root).__name__}: expected a list of rows, [{{…}}, {{…}}].')
     yield from enumerate(map(_object, root), 1)
 
 # %% ../nbs/00b_rows.ipynb #aa21aa03
@@ -173,7 +179,8 @@ def read_items(name:str, b:bytes, # a file's name and content
                encoding:str='utf-8'):
     "Yield (line, item) for all that a file of any known format holds."
     suffix = Path(name).suffix.lower()
-    if suffix not in SUFFIXES: raise DataError(f'{name} ends in {suffix!r}: known are {", ".join(SUFFIXES)}, and any of them as .gz or .zip.')
+    if suffix not in SUFFIXES:
+        raise DataError(f'{name} ends in {suffix!r}: known are {", ".join(SUFFIXES)}, and any of them as .gz or .zip.')
     if suffix == '.parquet': yield from _parquet_items(name, b); return
     text = decoded(name, b, encoding)
     if suffix in ('.csv', '.tsv'): yield from _csv_items(name, text)
@@ -185,8 +192,10 @@ def read_items(name:str, b:bytes, # a file's name and content
 
 # %% ../nbs/00b_rows.ipynb #35c4a9f6
 SPELLINGS = dict(
-    character=('character', 'char', 'char_name', 'role_name', 'name'), instruction=('persona', 'system', 'system_prompt', 'instruction'),
-    user=('user', 'question', 'query', 'input', 'prompt', 'line'), reply=('reply', 'assisstant', 'assistant', 'output', 'response', 'answer', 'completion'),
+    character=('character', 'char', 'char_name', 'role_name', 'name'),
+    instruction=('persona', 'system', 'system_prompt', 'instruction'),
+    user=('user', 'question', 'query', 'input', 'prompt', 'line'),
+    reply=('reply', 'assisstant', 'assistant', 'output', 'response', 'answer', 'completion'),
     lang=('lang', 'language'), source=('source',), scene=('scene', 'conversation_id'))
 
 def _flat(o:dict, # an item
@@ -208,7 +217,8 @@ def _alpaca(o:dict) -> dict:
 def is_alpaca(keys) -> bool:
     "Whether a table with these columns is Alpaca: an instruction and a reply, but no other line than `input`."
     keys = set(keys)
-    return 'instruction' in keys and bool(keys & set(SPELLINGS['reply'])) and not keys & {'user', 'question', 'query', 'prompt', 'line'}
+    return 'instruction' in keys and bool(keys & set(SPELLINGS['reply'])) and not keys & {'user', 'question', 'query',
+        'prompt', 'line'}
 
 # %% ../nbs/00b_rows.ipynb #70d9ed7b
 MAX_TURNS = 64  # of one piece of a conversation
@@ -229,15 +239,19 @@ def exchanges(turns, base:dict, # (role, text, line) in order, and the fields th
     for role, text, line in merged(turns):
         if why := unfit_text(text): yield line, f'a turn {why}'; said, before, part = None, [], part+1; continue
         if role == 'assistant' and said is not None:
-            yield line, base | dict(user=said, reply=text, history=list(before), scene=scene if part == 1 else f'{scene}.{part}')
-        before += ([dict(role='user', text=said)] if role == 'assistant' and said is not None else []) + [dict(role=role, text=text)]*(role == 'assistant')
+            yield line, base | dict(user=said, reply=text, history=list(before),
+                                    scene=scene if part == 1 else f'{scene}.{part}')
+        before += ([dict(role='user', text=said)] if role == 'assistant' and said is not None
+                   else []) + [dict(role=role, text=text)]*(role == 'assistant')
         said = text if role == 'user' else None
         if len(before) >= MAX_TURNS: before, part = [], part+1
     if said is not None: yield line, 'ends with a line that is not answered'
 
 # %% ../nbs/00b_rows.ipynb #e0d96e78
-_ROLES = {'human': 'user', 'gpt': 'assistant', 'model': 'assistant', 'bot': 'assistant', 'char': 'assistant', 'developer': 'system'}
+_ROLES = {'human': 'user', 'gpt': 'assistant', 'model': 'assistant', 'bot': 'assistant', 'char': 'assistant',
+          'developer': 'system'}
 
+# %% ../nbs/00b_rows.ipynb #e0d96e78x
 def _turn(t:dict) -> tuple[str, str]: # role, text
     "A turn of ShareGPT or OpenAI."
     who = str(t.get('from') or t.get('role') or '').lower()
@@ -245,6 +259,7 @@ def _turn(t:dict) -> tuple[str, str]: # role, text
     if isinstance(text, list): text = ''.join(p.get('text', '') for p in text if isinstance(p, dict))
     return _ROLES.get(who, who), text
 
+# %% ../nbs/00b_rows.ipynb #e0d96e78y
 def _conversation(o:dict, turns:list, scene:str) -> Iterator[dict|str]:
     "Rows, or reasons why there is none, of ShareGPT's `conversations` or OpenAI's `messages`."
     base, kept = _flat(o), []
@@ -256,6 +271,7 @@ def _conversation(o:dict, turns:list, scene:str) -> Iterator[dict|str]:
         else: yield f'a turn of unknown role {role!r}'
     yield from (r for _, r in exchanges(kept, base, base['scene'] or scene))
 
+# %% ../nbs/00b_rows.ipynb #e0d96e78z
 def expand(o:dict, # an item
            scene:str='', # the name of its scene, should it be a conversation
            names:dict=SPELLINGS) -> list: # rows, or reasons why there is none
@@ -264,37 +280,46 @@ def expand(o:dict, # an item
     if isinstance(turns, str):  # a cell of a csv file
         try: turns = json.loads(turns)
         except ValueError as e: return [f'its conversation is not JSON: {e}']
-    if turns is not None: return list(_conversation(o, turns, scene)) if isinstance(turns, list) else ['its conversation is not a list']
+    if turns is not None: return list(_conversation(o, turns, scene)) if isinstance(turns,
+        list) else ['its conversation is not a list']
     row = _alpaca(o) if names is SPELLINGS and is_alpaca(o) else _flat(o, names)
     return [row | dict(history=row.get('history') or o.get('history') or [])]
 
 # %% ../nbs/00b_rows.ipynb #dc43ce0a
-_CHOICES = ({'choices'}, {'options'}, {'a', 'b', 'c', 'd'}, {'option_a', 'option_b'}, {'choice_a', 'choice_b'}, {'mc1_targets'}, {'distractors'})
+_CHOICES = ({'choices'}, {'options'}, {'a', 'b', 'c', 'd'}, {'option_a', 'option_b'}, {'choice_a', 'choice_b'},
+            {'mc1_targets'}, {'distractors'})
 
+# %% ../nbs/00b_rows.ipynb #dc43ce0ax
 def check_columns(columns, source:str, names:dict=SPELLINGS):
     "A `DataError` if a table with these columns cannot give lines and replies."
     columns = list(columns)
-    if {'conversations', 'messages', 'conversation'} & set(columns) or (names is SPELLINGS and is_alpaca(columns)): return
+    if {'conversations', 'messages', 'conversation'} & set(columns) or (names is SPELLINGS and is_alpaca(columns)):
+        return
     if any(c <= set(columns) for c in _CHOICES):
         raise DataError(f'{source} holds multiple-choice items (columns {", ".join(columns[:8])}): they ask what a model knows, not how a character talks. '
                         'Bring rows with a line and the character\'s reply to it.')
     for f in ('user', 'reply'):
         if not set(names[f]) & set(columns):
             near = [n for c in columns for n in nearest(c, names[f])]
-            raise DataError(f'{source} line 1: no column for {f} among {", ".join(columns) or "none"}' + (f'; is {near[0]!r} misspelt?' if near else '.')
+            raise DataError(f'{source} line 1: no column for {f} among {", ".join(columns) or "none"}'
+                            + (f'; is {near[0]!r} misspelt?' if near else '.')
                             + f' Name one of them {" or ".join(map(repr, names[f][:3]))}, or say columns={{{f}: …}}.')
 
+# %% ../nbs/00b_rows.ipynb #dc43ce0ay
 def renamed(columns:dict, # field → the file's column
             found, source:str) -> dict: # spellings
     "The spellings with a person's own names of columns; a `DataError` for a field or a column that there is not."
     if not columns: return SPELLINGS
     for f, c in columns.items():
-        if f not in SPELLINGS: raise DataError(f'columns: there is no field {f!r}: the fields are {", ".join(SPELLINGS)}.')
+        if f not in SPELLINGS:
+            raise DataError(f'columns: there is no field {f!r}: the fields are {", ".join(SPELLINGS)}.')
         if found and c.lower() not in found:
             near = nearest(c, found)
-            raise DataError(f'{source} has no column {c!r}' + (f': did you mean {near[0]!r}?' if near else f': there are {", ".join(found)}.'))
+            raise DataError(f'{source} has no column {c!r}' + (f': did you mean {near[0]!r}?' if near
+                                                               else f': there are {", ".join(found)}.'))
     taken = {c.lower() for c in columns.values()}
-    return {f: (columns[f].lower(),) if f in columns else tuple(s for s in spelt if s not in taken) for f, spelt in SPELLINGS.items()}
+    return {f: (columns[f].lower(),) if f in columns else tuple(s for s in spelt if s not in taken)
+            for f, spelt in SPELLINGS.items()}
 
 # %% ../nbs/00b_rows.ipynb #ba4e60fd
 @dataclass
@@ -360,7 +385,8 @@ def tavern_chats(text:str) -> Chats|None:
     first = next((l for l in text.split('\n', 3) if l.strip()), '')
     try: head = json.loads(first) if first.lstrip()[:1] == '{' and len(first) < 10**6 else {}
     except ValueError: return None
-    if not isinstance(head, dict) or not ({'user_name', 'character_name'} <= head.keys() or {'mes', 'name', 'is_user'} <= head.keys()): return None
+    if not isinstance(head, dict) or not ({'user_name', 'character_name'} <= head.keys()
+                                          or {'mes', 'name', 'is_user'} <= head.keys()): return None
     scene, loose = [], []
     for i, o in _json_lines(text):
         if isinstance(o, str): loose.append((i, o)); continue
@@ -372,6 +398,7 @@ def tavern_chats(text:str) -> Chats|None:
 # %% ../nbs/00b_rows.ipynb #f3d2f493
 PAUSE = 6*3600  # seconds of silence that end a scene
 
+# %% ../nbs/00b_rows.ipynb #f3d2f493x
 def by_pauses(said) -> list[list]: # from (time in s or None, speaker, text, line)
     "Scenes of a log, divided where nobody wrote for `PAUSE`."
     scenes, last = [], None
@@ -380,21 +407,27 @@ def by_pauses(said) -> list[list]: # from (time in s or None, speaker, text, lin
         scenes[-1].append((who, text, line)); last = last if t is None else t
     return scenes
 
+# %% ../nbs/00b_rows.ipynb #f3d2f493y
 def _pieces(text) -> str:
     "Telegram's text, which may be a list of strings and marked pieces."
-    if isinstance(text, list): return ''.join(p if isinstance(p, str) else str(p.get('text', '')) for p in text if isinstance(p, (str, dict)))
+    if isinstance(text, list):
+        return ''.join(p if isinstance(p, str) else str(p.get('text', '')) for p in text if isinstance(p, (str, dict)))
     return text if isinstance(text, str) else ''
 
+# %% ../nbs/00b_rows.ipynb #f3d2f493z
 def telegram_chats(root:dict) -> Chats|None:
     "The chats of a Telegram export, None if the object is none."
     chats = root['chats'].get('list') if isinstance(root.get('chats'), dict) else [root]
-    if not all(isinstance(c, dict) and isinstance(c.get('messages'), list) and ('type' in c or 'id' in c) for c in chats or [{}]): return None
+    if not all(isinstance(c, dict) and isinstance(c.get('messages'), list) and ('type' in c or 'id' in c)
+               for c in chats or [{}]): return None
     scenes, loose = [], []
     for n, m in ((n, m) for c in chats for n, m in [('', None), *enumerate(c['messages'], 1)]):
         if m is None: said = []; scenes.append(said); continue
-        if not isinstance(m, dict) or m.get('type', 'message') != 'message': loose.append((n, 'a service message')); continue
+        if not isinstance(m, dict) or m.get('type', 'message') != 'message':
+            loose.append((n, 'a service message')); continue
         text, when = _pieces(m.get('text')), m.get('date_unixtime') or m.get('date')
-        if not text.strip() or not m.get('from'): loose.append((n, 'no text (a photo, a sticker, a deleted account)')); continue
+        if not text.strip() or not m.get('from'):
+            loose.append((n, 'no text (a photo, a sticker, a deleted account)')); continue
         try: t = float(when) if str(when).isdigit() else datetime.fromisoformat(when).timestamp()
         except (TypeError, ValueError): t = None
         said.append((t, str(m['from']), text, n))
@@ -404,18 +437,23 @@ def telegram_chats(root:dict) -> Chats|None:
 _STAMP = re.compile(r'^\[?(\d{1,4})[./-](\d{1,2})[./-](\d{2,4}),?\s+(\d{1,2})[:.](\d{2})(?:[:.](\d{2}))?\s*(?:([AaPp])\.?\s?[Mm]\.?)?\]?\s*(?:[-–]\s*)?(.*)$')
 _NO_TEXT = re.compile(r'^<[^>]{3,60}>$|^(image|video|audio|sticker|gif|document|contact card) omitted$|^\S+ \(file attached\)$', re.I)
 
+# %% ../nbs/00b_rows.ipynb #84d34758x
 def _when(m, day_first:bool) -> float|None:
     "Seconds of a stamp."
     a, b, c = (int(m[i]) for i in (1, 2, 3))
     y, mo, d = (a, b, c) if a > 31 else (c + 2000*(c < 100), *((b, a) if day_first else (a, b)))
-    try: return datetime(y, mo, d, int(m[4]) % 12 + 12*(m[7].lower() == 'p') if m[7] else int(m[4]), int(m[5])).timestamp()
+    try: return datetime(y, mo, d, int(m[4]) % 12 + 12*(m[7].lower() == 'p') if m[7] else int(m[4]),
+                         int(m[5])).timestamp()
     except ValueError: return None
 
+# %% ../nbs/00b_rows.ipynb #84d34758y
 def whatsapp_chats(lines:list[str]) -> Chats:
     "The chat of a WhatsApp export."
-    lines = [re.sub('[\u200e\u200f\u202a-\u202e\ufeff]', '', l).replace('\u202f', ' ').replace('\xa0', ' ') for l in lines]
+    lines = [re.sub('[\u200e\u200f\u202a-\u202e\ufeff]', '', l).replace('\u202f', ' ').replace('\xa0', ' ')
+             for l in lines]
     stamps = [_STAMP.match(l) for l in lines]
-    day_first = not any(m and m[7] for m in stamps) if not (big := [m for m in stamps if m and 31 >= max(int(m[1]), int(m[2])) > 12 and int(m[1]) < 32]) else int(big[0][1]) > 12
+    day_first = not any(m and m[7] for m in stamps) if not (big := [m for m in stamps if m
+        and 31 >= max(int(m[1]), int(m[2])) > 12 and int(m[1]) < 32]) else int(big[0][1]) > 12
     said, loose = [], []
     for i, (l, m) in enumerate(zip(lines, stamps), 1):
         who, sep, text = m[8].partition(': ') if m else ('', '', '')
@@ -425,34 +463,41 @@ def whatsapp_chats(lines:list[str]) -> Chats:
         elif said and l.strip(): said[-1][2] += '\n' + l
     return Chats(by_pauses(said), loose=loose)
 
+# %% ../nbs/00b_rows.ipynb #84d34758z
 def text_chats(name:str, text:str) -> Chats:
     "A text file's chats: a WhatsApp export by its stamps, else a script."
     lines = text.splitlines()
     head = [l for l in lines[:50] if l.strip()]
     stamped = sum(bool(_STAMP.match(l.lstrip('\u200e\ufeff'))) for l in head) > .4*len(head)
     got = whatsapp_chats(lines) if stamped else script_chats(lines)
-    if not got.scenes: raise DataError(f'{name}: nobody speaks in this text; expected lines such as "Name: what is said", scenes divided by blank lines, or a WhatsApp export.')
+    if not got.scenes:
+        raise DataError(f'{name}: nobody speaks in this text; expected lines such as "Name: what is said", scenes divided by blank lines, or a WhatsApp export.')
     return got
 
 # %% ../nbs/00b_rows.ipynb #032b1340
 def cast(chats:Chats, character:str, source:str) -> str:
     "The speaker who is the character, or a `DataError` that lists the speakers."
     found = chats.speakers()
-    some = ', '.join(f'{n} ({k:,})' for n, k in found.most_common(12)) + (f' and {len(found)-12} more' if len(found) > 12 else '')
-    if len(found) < 2: raise DataError(f'{source}: only {next(iter(found), "nobody")} speaks, so nobody is answered; bring a text with at least two speakers.')
+    some = ', '.join(f'{n} ({k:,})' for n, k in found.most_common(12)) + (f' and {len(found)-12} more'
+        if len(found) > 12 else '')
+    if len(found) < 2:
+        raise DataError(f'{source}: only {next(iter(found), "nobody")} speaks, so nobody is answered; bring a text with at least two speakers.')
     wanted = character or chats.character
-    if not wanted: raise DataError(f'{source}: who of the speakers is the character? Say character=NAME. Speakers: {some}.')
+    if not wanted:
+        raise DataError(f'{source}: who of the speakers is the character? Say character=NAME. Speakers: {some}.')
     fits = [n for n in found if n.casefold() == wanted.casefold()]
     if fits: return fits[0]
     near = nearest(wanted, found)
-    raise DataError(f'{source}: {wanted} never speaks' + (f'; did you mean {near[0]}?' if near else '.') + f' Speakers: {some}.')
+    raise DataError(f'{source}: {wanted} never speaks' + (f'; did you mean {near[0]}?' if near else '.')
+                    + f' Speakers: {some}.')
 
 def chat_rows(chats:Chats, character:str, source:str) -> Iterator[tuple[int, dict|str]]: # line, row or reason
     "Rows of a log: every reply of the character, with the turns before it."
     who = cast(chats, character, source)
     for n, scene in enumerate(chats.scenes, 1):
         others = {s for s, _, _ in scene} - {who}
-        turns = [('assistant' if s == who else 'user', t if s == who or len(others) < 2 else f'{s}: {t}', i) for s, t, i in scene]
+        turns = [('assistant' if s == who else 'user', t if s == who or len(others) < 2 else f'{s}: {t}', i)
+                 for s, t, i in scene]
         if len(others) == len({s for s, _, _ in scene}): yield turns[0][2], f'a scene in which {who} does not speak'
         else: yield from exchanges(turns, dict(character=who), f'{source}:{n}')
     yield from chats.loose
@@ -466,9 +511,11 @@ def persona_text(persona:str # words, or a text file
     try:
         if p and p.is_file(): return decoded(p.name, p.read_bytes()).strip()
     except OSError: pass
-    if p and re.fullmatch(r'\S+\.(txt|md)', persona): raise DataError(f'There is no file {persona} with the persona.{_near_file(p)}')
+    if p and re.fullmatch(r'\S+\.(txt|md)', persona):
+        raise DataError(f'There is no file {persona} with the persona.{_near_file(p)}')
     return persona.strip()
 
+# %% ../nbs/00b_rows.ipynb #019c0c31x
 def to_rows(items, # (line, item) pairs from `read_items`, or a data set's items
             source:str, # a file's or data set's name
             character:str='', columns:dict={}) -> tuple[list[dict], list[Reject]]:
@@ -479,20 +526,26 @@ def to_rows(items, # (line, item) pairs from `read_items`, or a data set's items
         for line, o in items:
             if isinstance(o, Chats): yield from ((i, r, o) for i, r in chat_rows(o, character, source)); continue
             keys = o if isinstance(o, list) else list(o) if isinstance(o, dict) else None
-            if keys is not None and names is None: names = renamed(columns, keys, source); check_columns(keys, source, names)
+            if keys is not None and names is None: names = renamed(columns, keys, source); check_columns(keys, source,
+                names)
             if isinstance(o, str): yield line, o, o
             elif isinstance(o, dict): yield from ((line, r, o) for r in expand(o, f'{source}:{line}', names))
     for line, r, o in each():
         reason = r if isinstance(r, str) else bad(r)
-        if reason: rejects.append(Reject(source, line, reason, ('' if isinstance(o, Chats) else str(o)[:200]).encode('utf-8', 'replace').decode()))
-        else: rows.append({f: r.get(f) for f in FIELDS} | dict(history=r.get('history') or [], source=r.get('source') or source, line=line))
+        if reason:
+            rejects.append(Reject(source, line, reason, ('' if isinstance(o, Chats) else str(o)[:200]).encode('utf-8',
+                'replace').decode()))
+        else:
+            rows.append({f: r.get(f) for f in FIELDS} | dict(history=r.get('history') or [],
+                                                             source=r.get('source') or source, line=line))
     return rows, rejects
 
 # %% ../nbs/00b_rows.ipynb #555c0ba5
 def some_left(rows, rejects, name):
     "Rows and rejects, or a `DataError` with the commonest reasons if no row is left."
     if rows: return rows, rejects
-    why = '; '.join(f'{n} × {r}' for r, n in Counter(r.reason for r in rejects).most_common(3)) or 'there is a header only'
+    why = '; '.join(f'{n} × {r}' for r, n in Counter(r.reason
+                                                     for r in rejects).most_common(3)) or 'there is a header only'
     raise DataError(f'{name}: none of {len(rejects)} rows can be used ({why}).')
 
 def only(rows:list[dict], character:str, source:str) -> list[dict]:
@@ -504,7 +557,8 @@ def only(rows:list[dict], character:str, source:str) -> list[dict]:
     if fits: return [r for r in rows if r['character'] == fits[0]]
     near = nearest(character, named)
     some = ', '.join(f'{n} ({k:,})' for n, k in named.most_common(12))
-    raise DataError(f'{source}: no row is said by {character}' + (f'; did you mean {near[0]}?' if near else '.') + f' Characters: {some}.')
+    raise DataError(f'{source}: no row is said by {character}' + (f'; did you mean {near[0]}?' if near else '.')
+                    + f' Characters: {some}.')
 
 def read_rows(path:str|Path, # a file of any known format
               encoding:str='utf-8', character:str='', persona:str='', columns:dict={}

@@ -33,7 +33,8 @@ class Item:
 
     def __post_init__(self): # four bytes an id: thousands of items are held at once
         self.context, self.choices = array('i', self.context), [array('i', c) for c in self.choices]
-        if not self.context or not self.choices or not all(self.choices): raise ValueError('an item needs a context and choices, none of them empty')
+        if not self.context or not self.choices or not all(self.choices):
+            raise ValueError('an item needs a context and choices, none of them empty')
     @property
     def size(self) -> int: # the last token of a choice is predicted, never read
         "Tokens that must be read."
@@ -87,7 +88,8 @@ class Pack:
 
 # %% ../nbs/04b_scoring.ipynb #5fdb658e
 def add_item(pack:Pack, k:int, item:Item, # the pack, the item's number, the item
-             card:'Card|None'=None, at:Segment|None=None): # the card it shares, and where that lies if it is in this pack
+             # the card it shares, and where that lies if it is in this pack
+             card:'Card|None'=None, at:Segment|None=None):
     "Grow an item's tree in the pack: its context (without the card's part), then a branch for each choice."
     known = card.length if card else 0
     above = ((at.start, at.end),) if at else ()
@@ -118,7 +120,8 @@ def _own(query, key, value, s:Segment, layer:int, scale) -> torch.Tensor: # (1, 
     k, v = (torch.cat(t, 2) if len(t) > 1 else t[0] for t in (ks, vs))
     n, m = s.end-s.start, k.shape[2]
     if s.mask is None and n < m: s.mask = torch.ones(n, m, dtype=torch.bool, device=k.device).tril(m-n)
-    return sdpa(query[:, :, s.start:s.end], k, v, s.mask, is_causal=n == m, scale=scale, enable_gqa=query.shape[1] != k.shape[1])
+    return sdpa(query[:, :, s.start:s.end], k, v, s.mask, is_causal=n == m, scale=scale,
+                enable_gqa=query.shape[1] != k.shape[1])
 
 # %% ../nbs/04b_scoring.ipynb #ffc17973
 @dataclass
@@ -161,11 +164,13 @@ except ImportError: varlen_attn = None # older than torch 2.11
 
 def flash_fits(query) -> bool:
     "Can the flash kernel for sequences of many lengths do this?"
-    return bool(varlen_attn) and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] <= 256
+    return bool(varlen_attn) and query.is_cuda and query.dtype in (torch.bfloat16,
+                                                                   torch.float16) and query.shape[-1] <= 256
 
 def level_attention(q, k, v, l:Level, scale) -> tuple: # (n, heads, width), and the log of the normalisers (heads, n)
     "Attention of the runs of one level; a loop over the runs where there is no kernel for it."
-    if flash_fits(q): return varlen_attn(q, k, v, l.cu_q, l.cu_k, l.max_q, l.max_k, return_aux=AuxRequest(lse=True), scale=scale, window_size=(-1, 0 if l.causal else -1))
+    if flash_fits(q): return varlen_attn(q, k, v, l.cu_q, l.cu_k, l.max_q, l.max_k, return_aux=AuxRequest(lse=True),
+                                         scale=scale, window_size=(-1, 0 if l.causal else -1))
     out, lse = torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0])
     for a, b, c, d in zip(l.cu_q, l.cu_q[1:], l.cu_k, l.cu_k[1:]):
         w = torch.einsum('qhd,khd->hqk', q[a:b], k[c:d])*(scale or q.shape[-1]**-.5)
@@ -195,7 +200,8 @@ _reading = [] # the pack that is being read
 def tree_attention(module, query, key, value, attention_mask=None, scaling=None, sliding_window=None, **kw):
     "Attention within the segments of the current pack, for transformers' attention interface."
     pack, layer = _reading[-1], module.layer_idx
-    if sliding_window and max(pack.positions) >= sliding_window: raise TreeUnfit(f'a window of {sliding_window} tokens slides over its context')
+    if sliding_window and max(pack.positions) >= sliding_window:
+        raise TreeUnfit(f'a window of {sliding_window} tokens slides over its context')
     for card, s in pack.keep: card.kept[layer] = tuple(t[:, :, s.start:s.end].clone() for t in (key, value))
     if flash_fits(query): return in_levels(query, key, value, pack, layer, scaling).transpose(1, 2), None
     out = torch.cat([_own(query, key, value, s, layer, scaling) for s in pack.segments], 2)
@@ -221,7 +227,8 @@ def read_pack(model, pack:Pack) -> dict[tuple[int,int],float]: # (item, choice) 
     where, rows = np.unique(at, return_inverse=True)
     tensor = lambda x: torch.as_tensor(np.array(x), device=model.device)
     _reading.append(pack)
-    try: logits = model(input_ids=tensor([pack.ids]), position_ids=tensor([pack.positions]), use_cache=False, logits_to_keep=tensor(where)).logits[0]
+    try: logits = model(input_ids=tensor([pack.ids]), position_ids=tensor([pack.positions]), use_cache=False,
+                        logits_to_keep=tensor(where)).logits[0]
     finally: _reading.pop()
     if len(logits) != len(where): raise TreeUnfit('it computes logits for every token, wanted or not')
     out = defaultdict(float)
@@ -244,7 +251,8 @@ def group_by_card(items:list[Item], which:list[int], # all items, and the number
     for i, k in enumerate(order):
         if groups and i:
             n = min(groups[-1][0], near[i-1], len(items[k].context)-1)
-            if n >= least and n >= keep*near[i] and (len(groups[-1][1]) == 1 or n >= keep*groups[-1][0]): groups[-1] = (n, groups[-1][1]+[k]); continue
+            if n >= least and n >= keep*near[i] and (len(groups[-1][1]) == 1 or n >= keep*groups[-1][0]):
+                groups[-1] = (n, groups[-1][1]+[k]); continue
         groups.append((len(items[k].context)-1, [k]))
     return [(n if len(ks) > 1 else 0, ks) for n, ks in groups]
 
@@ -277,7 +285,8 @@ def auto_budget(model) -> int: # tokens
 
 def out_of_memory(e:BaseException) -> bool:
     "Is this error the device's or the machine's way to say that memory is full?"
-    return isinstance(e, (torch.OutOfMemoryError, MemoryError)) or any(s in str(e) for s in ('DefaultCPUAllocator', 'out of memory'))
+    return isinstance(e, (torch.OutOfMemoryError, MemoryError)) or any(s in str(e)
+        for s in ('DefaultCPUAllocator', 'out of memory'))
 
 # %% ../nbs/04b_scoring.ipynb #b2a8923d
 def tree_scores(model, items:list[Item], budget:int,
@@ -293,7 +302,8 @@ def tree_scores(model, items:list[Item], budget:int,
                     ks = list(dict.fromkeys(t[2] for t in pack.targets))
                     if pack.keep or not done.issuperset(ks):
                         got = read_pack(model, pack)
-                        yield from ((k, np.array([got[k, j] for j in range(len(items[k].choices))])) for k in ks if k not in done)
+                        yield from ((k, np.array([got[k, j] for j in range(len(items[k].choices))])) for k in ks
+                                    if k not in done)
                     for k in ks: del left[k]
         except Exception as e:
             if not out_of_memory(e): raise
@@ -309,7 +319,8 @@ def unfit(model, items:list[Item]) -> str: # why the tree cannot be used, or ''
     "Score two items by the tree, with a card carried over, and by the plain road; say what differs beyond rounding."
     one, two = (sorted(map(_short, items[:32]), key=lambda i: i.size)[k] for k in (len(items[:32])//2, 0))
     few = [one, Item(one.context[:-1]+two.context[-1:], two.choices)]  # two items with a card in common
-    close = 1e-3 if model.dtype == torch.float32 else .5  # nats for each root of a token: what is rounded at random adds up like that
+    # nats for each root of a token: what is rounded at random adds up like that
+    close = 1e-3 if model.dtype == torch.float32 else .5
     try: got = dict(tree_scores(model, few, max(i.size for i in few)))
     except Exception as e: return f'{type(e).__name__}: {e}'
     gaps = [np.abs(got[k]-plain_scores(model, i)) / np.sqrt([len(c) for c in i.choices]) for k, i in enumerate(few)]
@@ -346,10 +357,12 @@ def road_costs(model, items:list[Item], budget:int=1024) -> pd.DataFrame: # a li
     "Tokens read and floating-point operations of scoring the items whole, as single trees, and as packs that share cards (attention's own products left out)."
     c = model.config.get_text_config()
     head = c.hidden_size*c.vocab_size
-    body = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2 and 'embed' not in n and 'lm_head' not in n and 'wte' not in n and 'wpe' not in n)
+    body = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2 and 'embed' not in n
+               and 'lm_head' not in n and 'wte' not in n and 'wpe' not in n)
     whole = sum(len(i.context)+len(x)-1 for i in items for x in i.choices)
     single, made = sum(i.size for i in items), list(packs(items, range(len(items)), budget))
     rows = sum(len({t[0] for t in p.targets}) for p in made)
-    roads = {'whole texts': (whole, whole), 'trees': (single, rows), 'packs with cards': (sum(len(p.ids) for p in made), rows)}
+    roads = {'whole texts': (whole, whole), 'trees': (single, rows),
+             'packs with cards': (sum(len(p.ids) for p in made), rows)}
     t = pd.DataFrame([dict(road=k, tokens=n, logits=m, TFLOP=2*(body*n+head*m)/1e12) for k, (n, m) in roads.items()])
     return t.assign(**{'at most': t.TFLOP[0]/t.TFLOP})

@@ -468,7 +468,9 @@ def collect(name: Annotated[str, typer.Argument(help='a run, a grid, or nothing 
     import matplotlib; matplotlib.use('agg')
     console, folder = Console(force_jupyter=False), rooted('_runs')/name
     table = collected(folder) if folder.is_dir() else []
-    if not len(table): console.print(f'There are no records below {tidy(folder)} that could be compared: no loss, no score.'); raise typer.Exit(1)
+    if not len(table):
+        console.print(f'There are no records below {tidy(folder)} that could be compared: no loss, no score.')
+        raise typer.Exit(1)
     shown = table.map(lambda m: str(m) if isinstance(m, dict) else '')
     shown = shown.rename_axis('run') if len(shown) > len(shown.columns) else shown.T.rename_axis('measured')
     show_frame(shown.reset_index(), f'{len(table)} run{"s"*(len(table) > 1)}, with 95% intervals', console)

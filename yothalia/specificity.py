@@ -55,11 +55,14 @@ def parts_of(train:list[dict], test:list[dict], # rows
     out = {}
     for lang, of in found.items():
         if languages and lang not in languages: continue
-        able = sorted((c for c, (a, b) in of.items() if len(a) > 1 and b), key=lambda c: (-len(of[c][0]), c))[:characters or None]
+        able = sorted((c for c, (a, b) in of.items() if len(a) > 1 and b),
+                      key=lambda c: (-len(of[c][0]), c))[:characters or None]
         if len(able) < 2: continue
-        n, m = (min([x for x in (most, *(len(of[c][k]) for c in able)) if x]) for k, most in enumerate((train_rows, test_rows)))
+        n, m = (min([x for x in (most, *(len(of[c][k]) for c in able)) if x])
+                for k, most in enumerate((train_rows, test_rows)))
         out[lang] = {c: (of[c][0][:n], of[c][1][:m]) for c in able}
-    if not out: raise DataError('no language has two characters with rows to learn and to be asked about: bring more characters, or choose other languages')
+    if not out:
+        raise DataError('no language has two characters with rows to learn and to be asked about: bring more characters, or choose other languages')
     return out
 
 # %% ../nbs/04e_specificity.ipynb #fbf25750
@@ -68,7 +71,8 @@ def single_adapter(cfg:SpecificityConfig, name:str, # of the folder
                   ) -> Path: # the adapter's folder
     "Train an adapter on one character's rows alone, or take the one that was trained before."
     lora = LoraConfig(out=cfg.out, model=cfg.model, precision=cfg.precision, epochs=cfg.epochs, batch=cfg.batch,
-                      learning_rate=cfg.learning_rate, rank=cfg.rank, alpha=2*cfg.rank, persona_share=0., evals=1, seed=cfg.seed)
+                      learning_rate=cfg.learning_rate, rank=cfg.rank, alpha=2*cfg.rank, persona_share=0., evals=1,
+                      seed=cfg.seed)
     return kept_adapter(lora, dict(train=rows, valid=rows[:1]), name)
 
 # %% ../nbs/04e_specificity.ipynb #e93eb90b
@@ -83,8 +87,10 @@ def reply_sums(model, tok, rows:list[dict], max_reply:int=128
     lines = defaultdict(list)
     for i, r in enumerate(rows): lines[r['user'], str(r.get('history') or [])].append(i)
     groups = list(lines.values())
-    items = [question_item(dict(instruction='', history=rows[g[0]].get('history') or [], user=rows[g[0]]['user'], choices=[rows[i]['reply'] for i in g]), tok, BARE, max_reply) for g in groups]
-    sums, counts = np.zeros(len(rows)), np.array([len(c) for _, c in sorted((i, c) for g, t in zip(groups, items) for i, c in zip(g, t.choices))])
+    items = [question_item(dict(instruction='', history=rows[g[0]].get('history') or [], user=rows[g[0]]['user'],
+                                choices=[rows[i]['reply'] for i in g]), tok, BARE, max_reply) for g in groups]
+    sums, counts = np.zeros(len(rows)), np.array([len(c) for _, c in sorted((i, c) for g, t in zip(groups, items)
+        for i, c in zip(g, t.choices))])
     for k, s in score_items(model, items): sums[groups[k]] = s
     return sums, counts
 
@@ -122,8 +128,10 @@ def language_lines(cfg:SpecificityConfig, lang:str, of:dict[str,tuple], tok) -> 
     "Train and ask the adapters of one language."
     rows = [r for _, asked in of.values() for r in asked]
     base, counts = reply_sums(load_model(cfg.model, cfg.precision), tok, rows, cfg.max_reply)
-    guess = CharacterClassifier([r for learn, _ in of.values() for r in learn]).probabilities([r['reply'] for r in rows])
-    lines = [dict(id=row_id(r), character=r['character'], lang=lang, user=r['user'], tokens=int(n), base=round(float(b), 4), adapters={}, classifier=g)
+    guess = CharacterClassifier([r for learn, _ in of.values() for r in learn]).probabilities([r['reply']
+        for r in rows])
+    lines = [dict(id=row_id(r), character=r['character'], lang=lang, user=r['user'], tokens=int(n),
+                  base=round(float(b), 4), adapters={}, classifier=g)
              for r, n, b, g in zip(rows, counts, base, guess.idxmax(axis=1))]
     for c, (learn, _) in progress(of.items(), f'{lang} adapters'):
         folder = single_adapter(cfg, plain_name(lang, c), learn)
@@ -138,23 +146,29 @@ def specificity_metrics(lines:list[dict]) -> dict[str,dict]: # name → metric
         less, names = own_less_others(some), list(some[0]['adapters'])
         own = np.array([(o['adapters'][o['character']]-o['base'])/o['tokens'] for o in some])
         return {f'specificity{tail}': as_metric(less, some), f'gain of the own adapter{tail}': as_metric(own, some),
-                f'gain of the others{tail}': as_metric(own-less, some), f'recognised by adapters{tail}': accuracy(picked_adapters(some)),
-                f'recognised by words{tail}': accuracy([o['classifier'] == o['character'] for o in some]), f'chance{tail}': metric(1/len(names), 'accuracy', len(some))}
-    by = {lang: of([o for o in lines if o['lang'] == lang], f' {lang}') for lang in dict.fromkeys(o['lang'] for o in lines)}
+                f'gain of the others{tail}': as_metric(own-less, some),
+                f'recognised by adapters{tail}': accuracy(picked_adapters(some)),
+                f'recognised by words{tail}': accuracy([o['classifier'] == o['character'] for o in some]),
+                f'chance{tail}': metric(1/len(names), 'accuracy', len(some))}
+    by = {lang: of([o for o in lines if o['lang'] == lang], f' {lang}')
+          for lang in dict.fromkeys(o['lang'] for o in lines)}
     if len(by) == 1: return {k.rsplit(' ', 1)[0]: m for k, m in next(iter(by.values())).items()}
     own_less = np.concatenate([own_less_others([o for o in lines if o['lang'] == lang]) for lang in by])
-    return {'specificity': as_metric(own_less, sorted(lines, key=lambda o: list(by).index(o['lang'])))} | {k: m for got in by.values() for k, m in got.items()}
+    return {'specificity': as_metric(own_less, sorted(lines, key=lambda o: list(by).index(o['lang'])))} | {k: m
+        for got in by.values() for k, m in got.items()}
 
 # %% ../nbs/04e_specificity.ipynb #927469cc
 def specificity(cfg:SpecificityConfig) -> dict: # the record
     "Train the adapters, ask them, and keep a record with one line per reply."
     ensure_data(cfg.out)
     train, test = (list(load_split(cfg.out, p)) for p in ('train', 'test'))
-    parts, tok = parts_of(train, test, cfg.languages, cfg.characters, cfg.train_rows, cfg.test_rows, cfg.seed), load_tokenizer(cfg.model)
+    parts, tok = parts_of(train, test, cfg.languages, cfg.characters, cfg.train_rows, cfg.test_rows,
+                          cfg.seed), load_tokenizer(cfg.model)
     lines = [o for lang, of in parts.items() for o in language_lines(cfg, lang, of, tok)]
     path = write_jsonl(rooted(cfg.out)/'records'/'specificity.rows.jsonl', lines)
     learn, ask = ({lang: len(next(iter(of.values()))[k]) for lang, of in parts.items()} for k in (0, 1))
-    what = dict(step='specificity', model=model_name(cfg.model), precision=cfg.precision, data_hash=data_hash(cfg.out), split=split_kind(cfg.out),
+    what = dict(step='specificity', model=model_name(cfg.model), precision=cfg.precision, data_hash=data_hash(cfg.out),
+                split=split_kind(cfg.out),
                 characters={lang: list(of) for lang, of in parts.items()}, rows_learned=learn, rows_asked=ask)
     return save_record(path.with_name('specificity.json'), what, specificity_metrics(lines), cfg.model_dump(), path)
 
@@ -163,14 +177,18 @@ def plot_specificity(lines:list[dict], # one per reply
                      title:str=''):
     "Heat maps of gains, character by adapter, a panel for each language; the diagonal is framed."
     import matplotlib.pyplot as plt, seaborn as sns
-    by = {lang: gain_matrix([o for o in lines if o['lang'] == lang]) for lang in dict.fromkeys(o['lang'] for o in lines)}
+    by = {lang: gain_matrix([o for o in lines if o['lang'] == lang])
+          for lang in dict.fromkeys(o['lang'] for o in lines)}
     size = [len(m) for m in by.values()]
-    fig, axes = plt.subplots(1, len(by), figsize=(1.05*sum(size)+2.5*len(by), .55*max(size)+2.2), width_ratios=size, squeeze=False, layout='constrained')
+    fig, axes = plt.subplots(1, len(by), figsize=(1.05*sum(size)+2.5*len(by), .55*max(size)+2.2), width_ratios=size,
+                             squeeze=False, layout='constrained')
     low, high = min(m.min(axis=None) for m in by.values()), max(m.max(axis=None) for m in by.values())
     for k, (ax, (lang, m)) in enumerate(zip(axes[0], by.items())):
-        sns.heatmap(m, ax=ax, annot=True, fmt='.2f', cmap='viridis', vmin=low, vmax=high, cbar=k == len(by)-1, cbar_kws=dict(label='nats per token'), annot_kws=dict(size=8))
+        sns.heatmap(m, ax=ax, annot=True, fmt='.2f', cmap='viridis', vmin=low, vmax=high, cbar=k == len(by)-1,
+                    cbar_kws=dict(label='nats per token'), annot_kws=dict(size=8))
         for i in range(len(m)): ax.add_patch(plt.Rectangle((i, i), 1, 1, fill=False, ec='white', lw=2))
-        ax.set(title=f'{lang}', xlabel='adapter of', ylabel='replies of'); ax.tick_params(axis='x', rotation=45); ax.tick_params(axis='y', rotation=0)
+        ax.set(title=f'{lang}', xlabel='adapter of', ylabel='replies of'); ax.tick_params(axis='x', rotation=45)
+        ax.tick_params(axis='y', rotation=0)
         plt.setp(ax.get_xticklabels(), ha='right')
     fig.suptitle(title or 'How much likelier each adapter finds the replies of each character', fontsize=11)
     return fig

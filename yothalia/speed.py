@@ -26,11 +26,14 @@ from .training import *
 
 # %% ../nbs/02d_speed.ipynb #02d00008
 SHAPES = { # published configurations
-    'llama-2-7b': ('llama', dict(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
+    'llama-2-7b': ('llama', dict(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
+                                 num_attention_heads=32,
                                  num_key_value_heads=32, tie_word_embeddings=False)),
-    'qwen2.5-1.5b': ('qwen2', dict(vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
+    'qwen2.5-1.5b': ('qwen2', dict(vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
+                                   num_attention_heads=12,
                                    num_key_value_heads=2, tie_word_embeddings=True)),
-    'smollm2-135m-shape': ('llama', dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+    'smollm2-135m-shape': ('llama', dict(vocab_size=49152, hidden_size=576, intermediate_size=1536,
+                                         num_hidden_layers=30, num_attention_heads=9,
                                          num_key_value_heads=3, tie_word_embeddings=True))}
 
 # %% ../nbs/02d_speed.ipynb #02d00008x
@@ -58,9 +61,11 @@ def shaped(name:str, # a key of `SHAPES`
     from transformers import AutoConfig, AutoModelForCausalLM
     kind, shape = SHAPES[name]
     with torch.device(device_info()['device']):
-        m = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, max_position_embeddings=4096, **shape), dtype=torch.float32 if precision == 'fp32' else torch.bfloat16)
+        m = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, max_position_embeddings=4096, **shape),
+                                             dtype=torch.float32 if precision == 'fp32' else torch.bfloat16)
     if precision in ('fp32', 'bf16'): return m.eval()
-    with tempfile.TemporaryDirectory(dir=rooted('_runs')) as box, quiet(): m.save_pretrained(box); del m; return load_model(box, precision)
+    with tempfile.TemporaryDirectory(dir=rooted('_runs')) as box, quiet():
+        m.save_pretrained(box); del m; return load_model(box, precision)
 
 # %% ../nbs/02d_speed.ipynb #02d0000bx
 def model_of(name:str, cfg:SpeedConfig): # a PeftModel
@@ -82,7 +87,8 @@ def speed_rows(cfg:SpeedConfig, vocabulary:int) -> list[dict]: # examples, in th
 def train_ours(model, data:list[dict], cfg:SpeedConfig) -> list[dict]: # for each step tokens, seconds since the start, loss, grad_norm
     "The loop of `02c_training`."
     with tempfile.TemporaryDirectory() as box:
-        t = Training(model, data, [], Told(batch=cfg.batch, learning_rate=cfg.learning_rate, pack_tokens=cfg.pack_tokens, warmup=0., liger=True), box)
+        t = Training(model, data, [], Told(batch=cfg.batch, learning_rate=cfg.learning_rate,
+                                           pack_tokens=cfg.pack_tokens, warmup=0., liger=True), box)
         t.batches = [list(range(i, i+cfg.batch)) for i in range(0, len(data), cfg.batch)]
         t.run()
     return [l | dict(pack_tokens=t.size, graphs=len(t.graphs), liger=t.liger) for l in t.at.log]
@@ -94,7 +100,9 @@ def _watched(trainer, tokens:list[int]) -> list[dict]:
     seen, start = [], time.perf_counter()
     class Watch(TrainerCallback):
         def on_log(self, args, state, control, logs=None, **kw):
-            if 'grad_norm' in logs: seen.append(dict(seconds=time.perf_counter()-start, loss=float(logs['loss']), grad_norm=float(logs['grad_norm'])))
+            if 'grad_norm' in logs:
+                seen.append(dict(seconds=time.perf_counter()-start, loss=float(logs['loss']),
+                                 grad_norm=float(logs['grad_norm'])))
     trainer.remove_callback(PrinterCallback); trainer.add_callback(Watch())
     with quiet(): trainer.train()
     return [s | dict(tokens=n) for s, n in zip(seen, tokens)]
@@ -102,8 +110,10 @@ def _watched(trainer, tokens:list[int]) -> list[dict]:
 # %% ../nbs/02d_speed.ipynb #02d0000dy
 def _arguments(cfg:SpeedConfig, box:str, **kw) -> dict:
     "What both of them are told."
-    return dict(output_dir=box, learning_rate=cfg.learning_rate, lr_scheduler_type='cosine', logging_steps=1, save_strategy='no', report_to='none', disable_tqdm=True,
-                use_cpu=device_info()['device'] == 'cpu', remove_unused_columns=False, weight_decay=0., max_grad_norm=1., num_train_epochs=1, bf16=False) | kw
+    return dict(output_dir=box, learning_rate=cfg.learning_rate, lr_scheduler_type='cosine', logging_steps=1,
+                save_strategy='no', report_to='none', disable_tqdm=True,
+                use_cpu=device_info()['device'] == 'cpu', remove_unused_columns=False, weight_decay=0.,
+                max_grad_norm=1., num_train_epochs=1, bf16=False) | kw
 
 # %% ../nbs/02d_speed.ipynb #02d0000e
 def train_padded(model, data:list[dict], cfg:SpeedConfig) -> list[dict]:
@@ -111,7 +121,9 @@ def train_padded(model, data:list[dict], cfg:SpeedConfig) -> list[dict]:
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
     pad = DataCollatorForSeq2Seq(load_tokenizer(EMBEDDED), padding=True)
     with tempfile.TemporaryDirectory() as box:
-        told = _arguments(cfg, box, per_device_train_batch_size=cfg.micro_batch, gradient_accumulation_steps=max(1, cfg.batch//cfg.micro_batch), train_sampling_strategy='sequential')
+        told = _arguments(cfg, box, per_device_train_batch_size=cfg.micro_batch,
+                          gradient_accumulation_steps=max(1, cfg.batch//cfg.micro_batch),
+                          train_sampling_strategy='sequential')
         tokens = [sum(len(e['input_ids']) for e in data[i:i+cfg.batch]) for i in range(0, len(data), cfg.batch)]
         return _watched(Trainer(model, TrainingArguments(**told), pad, data), tokens)
 
@@ -121,8 +133,10 @@ def train_trl(model, data:list[dict], cfg:SpeedConfig) -> list[dict]:
     from trl import SFTConfig, SFTTrainer
     size, gpu = cfg.pack_tokens or 4096, device_info()['device'] != 'cpu'
     with tempfile.TemporaryDirectory() as box:
-        told = _arguments(cfg, box, per_device_train_batch_size=1, packing=True, packing_strategy='bfd', max_length=size, use_liger_kernel=gpu, gradient_checkpointing=False)
-        trainer = SFTTrainer(model, SFTConfig(**told), train_dataset=Dataset.from_list(data), processing_class=load_tokenizer(EMBEDDED))
+        told = _arguments(cfg, box, per_device_train_batch_size=1, packing=True, packing_strategy='bfd',
+                          max_length=size, use_liger_kernel=gpu, gradient_checkpointing=False)
+        trainer = SFTTrainer(model, SFTConfig(**told), train_dataset=Dataset.from_list(data),
+                             processing_class=load_tokenizer(EMBEDDED))
         return _watched(trainer, [len(r['input_ids']) for r in trainer.train_dataset])
 
 TRAINERS = dict(ours=train_ours, padded=train_padded, trl=train_trl)
@@ -144,8 +158,11 @@ def trained_together(name:str, cfg:SpeedConfig, processes:int) -> dict: # as `tr
     "Train the rows with our loop in several processes, one for each GPU."
     with tempfile.TemporaryDirectory() as box:
         (Path(box)/'told.json').write_text(cfg.model_dump_json())
-        got = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={processes}', '-m', 'yothalia.speed', name, box], capture_output=True, text=True)
-        if got.returncode: raise TrainError(f'{processes} processes could not train {name} together: {(got.stderr.strip().splitlines() or ["no reason given"])[-1]}')
+        got = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone',
+                              f'--nproc-per-node={processes}', '-m', 'yothalia.speed', name, box], capture_output=True,
+                              text=True)
+        if got.returncode:
+            raise TrainError(f'{processes} processes could not train {name} together: {(got.stderr.strip().splitlines() or ["no reason given"])[-1]}')
         return json.loads((Path(box)/'made.json').read_text())
 
 def _one_of_several(name:str, box:Path):
@@ -164,8 +181,11 @@ def measure_speed(name:str, trainer:str, cfg:SpeedConfig, rate:float, # a model 
     made = trained(name, trainer, cfg) if processes == 1 else trained_together(name, cfg, processes)
     log, weights = made['log'], np.array([l['tokens'] for l in made['log']])
     speed = weights[1:].sum()/(log[-1]['seconds']-log[0]['seconds'])
-    out = {'throughput': metric(speed, 'tokens/s'), 'share of matmul rate': metric(4*made['parameters']*speed/rate/processes, 'share'), 'peak memory': metric(made['bytes']/1e9, 'GB'),
-           'before the second step': metric(made['ready'], 's'), 'loss': metric(float(np.average([l['loss'] for l in log], weights=weights)), 'nats/token'),
+    out = {'throughput': metric(speed, 'tokens/s'),
+           'share of matmul rate': metric(4*made['parameters']*speed/rate/processes, 'share'),
+           'peak memory': metric(made['bytes']/1e9, 'GB'),
+           'before the second step': metric(made['ready'], 's'),
+           'loss': metric(float(np.average([l['loss'] for l in log], weights=weights)), 'nats/token'),
            'gradient norm': metric(log[-1]['grad_norm'], ''), 'tokens': metric(int(weights.sum()), 'tokens')}
     return out, {k: log[-1][k] for k in ('pack_tokens', 'graphs', 'liger') if k in log[-1]} | dict(processes=processes)
 
@@ -177,7 +197,8 @@ def trainer_name(record:dict) -> str:
 
 def speed_table(records:list[dict]) -> pd.DataFrame:
     "A line for each model and trainer, with the speed as a multiple of the slowest."
-    rows = [dict(model=r['what']['model'], precision=r['what']['precision'], trainer=trainer_name(r), **{k: m['value'] for k, m in r['metrics'].items()}) for r in records]
+    rows = [dict(model=r['what']['model'], precision=r['what']['precision'], trainer=trainer_name(r),
+                 **{k: m['value'] for k, m in r['metrics'].items()}) for r in records]
     t = pd.DataFrame(rows)
     t['times the slowest'] = t['throughput'] / t.groupby(['model', 'precision'])['throughput'].transform('min')
     return t
@@ -189,7 +210,9 @@ def plot_speed(records:list[dict], ax=None):
     t = speed_table(records)
     ax = ax or plt.subplots(figsize=(7, .5 + .4*len(t)), layout='constrained')[1]
     names = [f'{m}, {p}: {n}' for m, p, n in zip(t.model, t.precision, t.trainer)]
-    ax.barh(names[::-1], t.throughput[::-1], color=['tab:green' if n.startswith('ours') else 'tab:gray' for n in t.trainer][::-1])
-    for y, (v, s) in enumerate(zip(t.throughput[::-1], t['share of matmul rate'][::-1])): ax.text(v, y, f' {v:,.0f} ({s:.0%})', va='center', fontsize=8)
+    ax.barh(names[::-1], t.throughput[::-1],
+            color=['tab:green' if n.startswith('ours') else 'tab:gray' for n in t.trainer][::-1])
+    for y, (v, s) in enumerate(zip(t.throughput[::-1], t['share of matmul rate'][::-1])):
+        ax.text(v, y, f' {v:,.0f} ({s:.0%})', va='center', fontsize=8)
     ax.set(xscale='log', xlabel='tokens per second (share of the matrix rate)'); ax.margins(x=.2)
     return ax

@@ -50,21 +50,25 @@ def benchmark_records(source:str|Path|list[dict], # a folder, or records from `l
     "The benchmark's records among `source`; a `StatsError` if there are none."
     folder = isinstance(source, (str, Path))
     every = load_records(rooted(source), step='benchmark') if folder else list(source)
-    got = [r for r in every if r['what'].get('step') == 'benchmark' and all(setting(r, k) == v for k, v in what.items())]
+    got = [r for r in every if r['what'].get('step') == 'benchmark'
+           and all(setting(r, k) == v for k, v in what.items())]
     if not got:
         where = ', '.join(f'{k} {v!r}' for k, v in what.items()) or 'any setting'
         raise StatsError(f'none of {len(every)} benchmark records{" in "+Path(source).name if folder else ""} has {where}: run 04_benchmark, or see `overview` for what there is')
     return got
 
 # %% ../nbs/04c_stats.ipynb #457074c4
-SETTINGS = ('track', 'mode', 'model', 'precision', 'condition', 'template', 'questions_hash', 'data_hash', 'options', 'max_reply') # what a comparison must not mix
+SETTINGS = ('track', 'mode', 'model', 'precision', 'condition', 'template', 'questions_hash', 'data_hash', 'options',
+            'max_reply') # what a comparison must not mix
 
 def overview(source:str|Path|list[dict], # a folder or records
              columns=('track', 'mode', 'model', 'precision', 'max_reply') # settings that make a line
             ) -> pd.DataFrame:
     "What there is to compare: a line for each combination of settings, with its conditions."
-    rows = [{**{k: setting(r, k) for k in columns}, 'conditions': r['what'].get('condition')} for r in benchmark_records(source)]
-    return pd.DataFrame(rows).groupby(list(columns), dropna=False, sort=False)['conditions'].agg(', '.join).reset_index()
+    rows = [{**{k: setting(r, k) for k in columns}, 'conditions': r['what'].get('condition')}
+            for r in benchmark_records(source)]
+    return pd.DataFrame(rows).groupby(list(columns), dropna=False,
+                                      sort=False)['conditions'].agg(', '.join).reset_index()
 
 # %% ../nbs/04c_stats.ipynb #61ea6aa9
 def one_each(records:list[dict], # that shall be compared
@@ -75,15 +79,19 @@ def one_each(records:list[dict], # that shall be compared
     for r in records:
         key = setting(r, along)
         if (twin := out.get(key)) is not None:
-            differ = [f'{k} ({x!r}, {y!r})' for k in (*SETTINGS, 'adapter') if (x := setting(twin, k)) != (y := setting(r, k))]
-            raise StatsError(f'two records have {along} {key!r}: say which is meant' + (f', they differ in {", ".join(differ)}' if differ
+            differ = [f'{k} ({x!r}, {y!r})' for k in (*SETTINGS, 'adapter')
+                      if (x := setting(twin, k)) != (y := setting(r, k))]
+            raise StatsError(f'two records have {along} {key!r}: say which is meant'
+                             + (f', they differ in {", ".join(differ)}' if differ
                              else f'; {r["path"].name} and {twin["path"].name} are the same measurement'))
         out[key] = r
-    varies = {k: {str(setting(r, k)) for r in out.values()} for k in SETTINGS if k != along and not (along == 'condition' and k == 'template')}
+    varies = {k: {str(setting(r, k)) for r in out.values()} for k in SETTINGS if k != along
+              and not (along == 'condition' and k == 'template')}
     if along == 'condition': varies['adapter'] = {a for r in out.values() if (a := r['what'].get('adapter'))}
     if mixed := [f'{k} ({", ".join(sorted(v))})' for k, v in varies.items() if len(v) > 1]:
         raise StatsError(f'these records differ in more than {along}: {"; ".join(mixed)}. Name one of each')
-    order = [c for c in CONDITIONS if c in out] if along == 'condition' else sorted(out, key=lambda v: (str(type(v)), v))
+    order = [c for c in CONDITIONS if c in out] if along == 'condition' else sorted(out,
+        key=lambda v: (str(type(v)), v))
     return {k: out[k] for k in order} | out
 
 # %% ../nbs/04c_stats.ipynb #ddf619ae
@@ -96,7 +104,8 @@ def _read(file:Path, by:str # a per-question file, the score that decides
         known = sorted(set(lines[0]) - {'id', 'key', 'cluster', 'lang', 'answer', 'said'})
         raise StatsError(f'{file.name} has no {by!r} in {len(missing)} lines: choose one of {", ".join(known)}')
     table = pd.DataFrame([{k: o.get(k) for k in ('id', 'cluster', 'lang', 'answer', 'set')} for o in lines])
-    if twice := int(table['id'].duplicated().sum()): raise StatsError(f'{file.name} has {twice} questions twice: delete it and score again')
+    if twice := int(table['id'].duplicated().sum()):
+        raise StatsError(f'{file.name} has {twice} questions twice: delete it and score again')
     return table.assign(picked=pd.array([picked(o, by) for o in lines], dtype='Int64'), right=right(lines, by))
 
 # %% ../nbs/04c_stats.ipynb #c0d15ab2
@@ -109,7 +118,8 @@ class Answers:
         self.table, self.along, self.records, self.by = table, along, list(records), by
         self.wide, self.clusters = paired(table, along)
         own = table.drop_duplicates('id').set_index('id').get('set')
-        self.sets = own.loc[self.wide.index].to_numpy() if own is not None and own.notna().all() else None # closed sets, where there are such
+        # closed sets, where there are such
+        self.sets = own.loc[self.wide.index].to_numpy() if own is not None and own.notna().all() else None
 
     @property
     def values(self) -> list: return list(self.wide)
@@ -139,7 +149,8 @@ def answers(source:str|Path|list[dict], # a folder or records
     "All answers of the records that differ along one setting; a `StatsError` if they differ in more."
     kept = one_each(benchmark_records(source, mode=mode, **what), along)
     heads = {by} if by else {headline_of(r) for r in kept.values()}
-    if len(heads) > 1: raise StatsError(f'these records are read in different ways ({", ".join(sorted(heads))}): say by which, e.g. by={sorted(heads)[0]!r}')
+    if len(heads) > 1:
+        raise StatsError(f'these records are read in different ways ({", ".join(sorted(heads))}): say by which, e.g. by={sorted(heads)[0]!r}')
     by = heads.pop()
     tables = [_read(r['path'].parent/r['questions'], by).assign(**{along: v}) for v, r in kept.items()]
     return Answers(pd.concat(tables, ignore_index=True), along, list(kept.values()), by)
@@ -161,8 +172,10 @@ def bootstrap_means(values, clusters, # (n,) or (n, k); (n,) names
                     seed:int=0) -> np.ndarray: # (draws, k) means
     "Means of resampled clusters (Cameron, Gelbach and Miller 2008); memory stays bounded for any number of clusters."
     sums, sizes = cluster_sums(values, clusters)
-    rng, units, rows, counts, means = np.random.default_rng(seed), len(sizes), np.c_[sums, sizes], np.ones(len(sizes)), []
-    if sizes.max() == 1: rows, counts = np.unique(rows, axis=0, return_counts=True) # questions with the same answers are drawn together
+    rng, units, rows, counts, means = np.random.default_rng(seed), len(sizes), np.c_[sums,
+        sizes], np.ones(len(sizes)), []
+    # questions with the same answers are drawn together
+    if sizes.max() == 1: rows, counts = np.unique(rows, axis=0, return_counts=True)
     while (todo := draws-sum(map(len, means))):
         times = rng.multinomial(units, counts/units, size=min(todo, max(1, 2_000_000//len(rows)))).astype(float)
         means.append(times @ rows[:, :-1] / (times @ rows[:, -1:]))
@@ -189,7 +202,8 @@ def sign_flip_p(sums, # (units,) total difference of each cluster
     if len(sums) < 2: return 1.0 # the other sign is as extreme
     if not np.allclose(steps, abs(sums)*4):
         flip = lambda x, axis: x.sum(axis)
-        return float(stats.permutation_test((sums,), flip, permutation_type='samples', vectorized=True, n_resamples=draws,
+        return float(stats.permutation_test((sums,), flip, permutation_type='samples', vectorized=True,
+                                            n_resamples=draws,
                                             batch=max(1, 2_000_000//len(sums)), rng=np.random.default_rng(seed)).pvalue)
     steps //= np.gcd.reduce(steps)
     ways = np.ones(1) # share of the ways by the sum of the steps that go up
@@ -228,7 +242,8 @@ def questions_needed(difference:float, # of accuracies that shall be found, e.g.
     "How many paired questions find a difference with the given power (Connor 1987)."
     d = abs(difference)
     psi = discordant_share(accuracy, difference, correlation) if discordant is None else discordant
-    if not 0 < d <= psi <= 1: raise StatsError(f'a difference of {d:g} with a discordant share of {psi:g}: it must lie between 0 and that share')
+    if not 0 < d <= psi <= 1:
+        raise StatsError(f'a difference of {d:g} with a discordant share of {psi:g}: it must lie between 0 and that share')
     a, b = _z(alpha/comparisons, power)
     return int(np.ceil((a*psi**.5 + b*(psi-d*d)**.5)**2 / d**2 * max(design_effect, 1)))
 
@@ -266,12 +281,14 @@ def estimate(values, clusters, # (n,) and (n,)
     values, mean = np.asarray(values, float), float(np.mean(values))
     sums, sizes = cluster_sums(values, clusters)
     wider = two_way(values, clusters, sets) if sets is not None and len(set(clusters)) > 1 else 1.
-    low, high = mean + wider*(percentile_interval(bootstrap_means(values, clusters, draws, seed)[:, 0], len(sizes), level) - mean)
+    low, high = mean + wider*(percentile_interval(bootstrap_means(values, clusters, draws, seed)[:, 0], len(sizes),
+                                                  level) - mean)
     effect, names, p = design_effect(values, clusters)*wider**2, len(set(clusters)), sign_flip_p(sums, draws-1, seed)
     if wider > 1: p = max(p, 2*stats.t.sf(abs(mean)/(wider*_cluster_variance(values, clusters)**.5), len(sizes)-1))
     see = sum(_z(1-level, power)) * (max(effect, 1)*values.var(ddof=1)/len(values))**.5
     return dict(value=mean, low=float(low), high=float(high), p=float(p),
-                detectable=float(see) or np.nan, design_effect=effect, n=len(values), clusters=names, resampled='characters' if names > 1 else 'questions')
+                detectable=float(see) or np.nan, design_effect=effect, n=len(values), clusters=names,
+                resampled='characters' if names > 1 else 'questions')
 
 def paired_difference(a, b, # (n,) right or wrong in the first and the second condition, the same questions
                       clusters, # (n,) characters
@@ -281,7 +298,8 @@ def paired_difference(a, b, # (n,) right or wrong in the first and the second co
     a, b = np.asarray(a, bool), np.asarray(b, bool)
     got, m = estimate(b.astype(float)-a, clusters, draws, seed, level, power, sets), mcnemar(a, b)
     psi = (m['won']+m['lost'])/len(a)
-    return dict(difference=got['value'], low=got['low'], high=got['high'], won=m['won'], lost=m['lost'], p_mcnemar=m['p'], p=got['p'],
+    return dict(difference=got['value'], low=got['low'], high=got['high'], won=m['won'], lost=m['lost'],
+                p_mcnemar=m['p'], p=got['p'],
                 detectable=detectable(len(a), psi, got['design_effect'], power, 1-level), discordant=psi,
                 **{k: got[k] for k in ('design_effect', 'n', 'clusters', 'resampled')})
 
@@ -296,7 +314,8 @@ def compare_files(a:str|Path, b:str|Path, # per-question files of the same quest
     return paired_difference(wide[0], wide[1], clusters, **kw)
 
 # %% ../nbs/04c_stats.ipynb #2a587d33
-PAIRS = (('base', 'prompt'), ('base', 'lora'), ('base', 'both'), ('prompt', 'both'), ('lora', 'both'), ('prompt', 'lora'))
+PAIRS = (('base', 'prompt'), ('base', 'lora'), ('base', 'both'), ('prompt', 'both'), ('lora', 'both'),
+         ('prompt', 'lora'))
 
 def holm(p # (n,) p-values
         ) -> np.ndarray: # (n,) corrected p-values
@@ -310,7 +329,8 @@ def compare(a:Answers, # from `answers`
     pairs = pairs or (PAIRS if a.along == 'condition' else [(a.values[0], v) for v in a.values[1:]])
     pairs = [p for p in pairs if set(p) <= set(a.values)]
     if not pairs: raise StatsError(f'nothing to compare: {a.along} has only {", ".join(map(str, a.values))}')
-    rows = [{'from': x, 'to': y} | paired_difference(a.wide[x], a.wide[y], a.clusters, draws, seed, 1-(1-level)/len(pairs), power, a.sets)
+    rows = [{'from': x, 'to': y} | paired_difference(a.wide[x], a.wide[y], a.clusters, draws, seed,
+                                                     1-(1-level)/len(pairs), power, a.sets)
             for x, y in pairs]
     table = pd.DataFrame(rows)
     table.insert(table.columns.get_loc('p')+1, 'p_holm', holm(table['p']))
@@ -333,15 +353,19 @@ EFFECTS = { # name → (family, weight of each condition)
     'prompt': ('factors', dict(base=-.5, prompt=.5, lora=-.5, both=.5)),
     'adapter': ('factors', dict(base=-.5, prompt=-.5, lora=.5, both=.5)),
     'interaction': ('factors', dict(base=1, prompt=-1, lora=-1, both=1)),
-    'prompt without adapter': ('simple', dict(base=-1, prompt=1)), 'prompt with adapter': ('simple', dict(lora=-1, both=1)),
-    'adapter without prompt': ('simple', dict(base=-1, lora=1)), 'adapter with prompt': ('simple', dict(prompt=-1, both=1))}
+    'prompt without adapter': ('simple', dict(base=-1, prompt=1)),
+    'prompt with adapter': ('simple', dict(lora=-1, both=1)),
+    'adapter without prompt': ('simple', dict(base=-1, lora=1)),
+    'adapter with prompt': ('simple', dict(prompt=-1, both=1))}
 
 def factorial(a:Answers, # along the condition
               draws:int=10_000, seed:int=0, level:float=.95, power:float=.8) -> pd.DataFrame: # one line per effect
     "Main effects, interaction and simple effects of prompt and adapter, by cluster bootstrap, with Holm's correction in each family."
-    if missing := [c for c in CONDITIONS if c not in a.values]: raise StatsError(f'the 2 × 2 needs four conditions, {", ".join(missing)} missing: train an adapter and run 04_benchmark')
+    if missing := [c for c in CONDITIONS if c not in a.values]:
+        raise StatsError(f'the 2 × 2 needs four conditions, {", ".join(missing)} missing: train an adapter and run 04_benchmark')
     size = pd.Series([family for family, _ in EFFECTS.values()]).value_counts()
-    rows = [dict(effect=name, family=family) | estimate(sum(w*a.wide[c] for c, w in weights.items()), a.clusters, draws, seed, 1-(1-level)/size[family], power, a.sets)
+    rows = [dict(effect=name, family=family) | estimate(sum(w*a.wide[c] for c, w in weights.items()), a.clusters, draws,
+                                                        seed, 1-(1-level)/size[family], power, a.sets)
             for name, (family, weights) in EFFECTS.items()]
     table = pd.DataFrame(rows)
     table.insert(table.columns.get_loc('p')+1, 'p_holm', table.groupby('family')['p'].transform(holm))
@@ -354,14 +378,16 @@ def accuracies(a:Answers, draws:int=10_000, seed:int=0, level:float=.95) -> pd.D
     for value, g in a.table.groupby(a.along, sort=False):
         m, units = accuracy(g['right']), len(cluster_sums(g['right'], g['cluster'])[1])
         low, high = percentile_interval(bootstrap_means(g['right'], g['cluster'], draws, seed)[:, 0], units, level)
-        rows.append({a.along: value, 'accuracy': m['value'], 'low': m['interval'][0], 'high': m['interval'][1], 'cluster_low': low, 'cluster_high': high,
+        rows.append({a.along: value, 'accuracy': m['value'], 'low': m['interval'][0], 'high': m['interval'][1],
+                     'cluster_low': low, 'cluster_high': high,
                      'unread': g['picked'].isna().mean(), 'n': len(g), 'clusters': g['cluster'].nunique()})
     return pd.DataFrame(rows)
 
 def _rules(a:Answers) -> list[dict]:
     "The records of mode 'rules' that lie beside the answers' and are about the same questions."
     like, folders = a.records[0]['what'], {r['path'].parent for r in a.records}
-    return [r for f in folders for r in load_records(f, step='benchmark', mode='rules', questions_hash=like['questions_hash'], track=like['track'])]
+    return [r for f in folders for r in load_records(f, step='benchmark', mode='rules',
+                                                     questions_hash=like['questions_hash'], track=like['track'])]
 
 def baselines_of(a:Answers) -> dict[str,float]: # rule → accuracy
     "What rules and chance get on the same questions; empty if no record of mode 'rules' is there."
@@ -376,13 +402,17 @@ def plot_forest(a:Answers, ax=None, draws:int=10_000, seed:int=0):
     ax = ax or plt.subplots(figsize=(7, .45*len(t)+1.5), layout='constrained')[1]
     rules = pd.Series(baselines_of(a), dtype=float).sort_values()
     for i, (v, names) in enumerate(rules.groupby(rules.round(2)).groups.items()): # one line for rules that get the same
-        ax.axvline(v, color='gray', lw=1, ls=('--', '-.', ':', (0, (5, 1)))[i % 4], zorder=0, label='\n'.join(textwrap.wrap(f"{v:.2f} {', '.join(names)}", 34)))
+        ax.axvline(v, color='gray', lw=1, ls=('--', '-.', ':', (0, (5, 1)))[i % 4], zorder=0,
+                   label='\n'.join(textwrap.wrap(f"{v:.2f} {', '.join(names)}", 34)))
     for y, (r, color) in enumerate(zip(t.to_dict('records'), [COLOURS.get(v, 'C0') for v in t[a.along]])):
-        for low, high, lw in (('cluster_low', 'cluster_high', 1.2), ('low', 'high', 4)): ax.plot([r[low], r[high]], [y, y], color=color, lw=lw, alpha=.7)
+        for low, high, lw in (('cluster_low', 'cluster_high', 1.2), ('low', 'high', 4)):
+            ax.plot([r[low], r[high]], [y, y], color=color, lw=lw, alpha=.7)
         ax.plot(r['accuracy'], y, 'o', color=color)
-        ax.annotate(f"{r['accuracy']:.2f}", (r['accuracy'], y), (0, 7), textcoords='offset points', ha='center', fontsize=8)
+        ax.annotate(f"{r['accuracy']:.2f}", (r['accuracy'], y), (0, 7), textcoords='offset points', ha='center',
+                    fontsize=8)
     ax.set_yticks(range(len(t)), t[a.along].astype(str))
-    ax.set(ylim=(len(t)-.5, -.7), xlim=(0, 1), xlabel=f'accuracy by {a.by}, {t.n.iloc[0]:,} questions, {t.clusters.iloc[0]} characters')
+    ax.set(ylim=(len(t)-.5, -.7), xlim=(0, 1),
+           xlabel=f'accuracy by {a.by}, {t.n.iloc[0]:,} questions, {t.clusters.iloc[0]} characters')
     if ax.get_legend_handles_labels()[0]: ax.legend(fontsize=8, frameon=False, loc='upper left', bbox_to_anchor=(1, 1))
     return ax
 
@@ -394,7 +424,8 @@ def against_rule(a:Answers, value='prompt', # whose answers: a value of `a.along
     if not rules: raise StatsError('no record says which rule was chosen on held-out rows: run 04_benchmark again')
     rule = rules[0]['what']['rule']
     hits = {o['id']: o[rule] == o['answer'] for o in read_jsonl(rules[0]['path'].parent/rules[0]['questions'])}
-    return dict(rule=rule) | paired_difference([hits[i] for i in a.wide.index], a.wide[value], a.clusters, draws, seed, level, power, a.sets)
+    return dict(rule=rule) | paired_difference([hits[i] for i in a.wide.index], a.wide[value], a.clusters, draws, seed,
+                                               level, power, a.sets)
 
 # %% ../nbs/04c_stats.ipynb #b2178122
 def find_questions(records:list[dict], # of the benchmark
@@ -412,8 +443,10 @@ def flips(a:Answers, x='base', y='lora' # values of `a.along`
     "Questions that y won and lost against x, with their texts; the won ones first."
     qs, wide, picked = find_questions(a.records), a.wide, a.table.pivot(index='id', columns=a.along, values='picked')
     text = lambda i, k: '(unread)' if pd.isna(k) else qs[i]['choices'][int(k)]
-    rows = [dict(flip='won' if wide.at[i, y] else 'lost', id=i, cluster=qs[i]['cluster'], lang=qs[i]['lang'], user=qs[i]['user'],
-                 true=qs[i]['choices'][qs[i]['answer']], **{f'{v} picked': text(i, picked.at[i, v]) for v in dict.fromkeys((x, y))})
+    rows = [dict(flip='won' if wide.at[i, y] else 'lost', id=i, cluster=qs[i]['cluster'], lang=qs[i]['lang'],
+                 user=qs[i]['user'],
+                 true=qs[i]['choices'][qs[i]['answer']],
+                 **{f'{v} picked': text(i, picked.at[i, v]) for v in dict.fromkeys((x, y))})
             for i in wide.index[wide[x] != wide[y]]]
     columns = ['flip', 'id', 'cluster', 'lang', 'user', 'true', f'{x} picked', f'{y} picked']
     return pd.DataFrame(rows, columns=columns).sort_values('flip', ascending=False, kind='stable', ignore_index=True)
@@ -424,13 +457,15 @@ def read_flips(table:pd.DataFrame, # from `flips`
                width:int=100 # characters of a text; longer ones are cut
               ) -> str:
     "Won and lost questions as text to read: the line, the true reply, and what was taken for it."
-    cut = lambda t: textwrap.shorten(' '.join(str(t).split()), width, placeholder=' …') if ' ' in str(t).strip()[:width] else str(t)[:width]
+    cut = lambda t: textwrap.shorten(' '.join(str(t).split()), width,
+                                     placeholder=' …') if ' ' in str(t).strip()[:width] else str(t)[:width]
     a, b = table.columns[-2:]
     out = []
     for kind, wrong in (('won', a), ('lost', b)):
         some = table[table['flip'] == kind]
         out.append(f'{kind.upper()}: {len(some)} questions' + (f', {min(n, len(some))} of them' if len(some) else ''))
-        out += [f"  {r['cluster']} | {cut(r['user'])}\n    true:  {cut(r['true'])}\n    {wrong}: {cut(r[wrong])}" for r in some.head(n).to_dict('records')]
+        out += [f"  {r['cluster']} | {cut(r['user'])}\n    true:  {cut(r['true'])}\n    {wrong}: {cut(r[wrong])}"
+                for r in some.head(n).to_dict('records')]
     return '\n'.join(out)
 
 # %% ../nbs/04c_stats.ipynb #0f6d7e68
@@ -452,8 +487,10 @@ def accuracy_by(a:Answers, view:Literal['language', 'character', 'length', 'posi
     rows = []
     for (_, group, value), g in table.groupby(['_order', view, along], sort=True, dropna=False):
         m = accuracy(g['right'])
-        more = {'picked': float((table.loc[table[along] == value, 'picked'] == group).fillna(False).mean())} if view == 'position' else {}
-        rows.append({view: group, along: value, 'accuracy': m['value'], 'low': m['interval'][0], 'high': m['interval'][1], 'n': len(g)} | more)
+        more = {'picked': float((table.loc[table[along] == value,
+                                           'picked'] == group).fillna(False).mean())} if view == 'position' else {}
+        rows.append({view: group, along: value, 'accuracy': m['value'], 'low': m['interval'][0],
+                     'high': m['interval'][1], 'n': len(g)} | more)
     values = list(dict.fromkeys(table[along]))
     return pd.DataFrame(rows).sort_values(along, key=lambda s: s.map(values.index), kind='stable', ignore_index=True)
 
@@ -469,10 +506,13 @@ def plot_by(a:Answers, view:str='length', # language, character, length or posit
     values = a.values
     for j, v in enumerate(values):
         some = t[t[a.along] == v]; x = some[view].map(groups.index) + (j-(len(values)-1)/2)*.14
-        ax.errorbar(x, some['accuracy'], [some['accuracy']-some['low'], some['high']-some['accuracy']], fmt='o', ms=4, lw=1, label=str(v), color=COLOURS.get(v))
+        ax.errorbar(x, some['accuracy'], [some['accuracy']-some['low'], some['high']-some['accuracy']], fmt='o', ms=4,
+                    lw=1, label=str(v), color=COLOURS.get(v))
     if a.records and (k := setting(a.records[0], 'options')): ax.axhline(1/k, color='gray', ls=':', lw=1)
-    ax.set_xticks(range(len(groups)), [str(g) for g in groups], rotation=60 if view == 'character' else 0, ha='right' if view == 'character' else 'center', fontsize=8)
-    ax.set(ylim=(-.03, 1.03), ylabel='accuracy', xlabel={'length': 'length of the true reply, characters', 'position': 'position of the true reply'}.get(view, view))
+    ax.set_xticks(range(len(groups)), [str(g) for g in groups], rotation=60 if view == 'character' else 0,
+                  ha='right' if view == 'character' else 'center', fontsize=8)
+    ax.set(ylim=(-.03, 1.03), ylabel='accuracy', xlabel={'length': 'length of the true reply, characters',
+                                                         'position': 'position of the true reply'}.get(view, view))
     return ax
 
 # %% ../nbs/04c_stats.ipynb #fd19d70f
@@ -483,7 +523,8 @@ def plot_budget(some:dict[str,Answers], # condition → its answers along max_re
     ax = ax or plt.subplots(figsize=(6, 3), layout='constrained')[1]
     for j, (c, a) in enumerate(some.items()):
         g = accuracies(a, 200)
-        ax.errorbar(g['max_reply']*(1+.02*j), g['accuracy'], [g['accuracy']-g['low'], g['high']-g['accuracy']], marker='o', ms=4, lw=1,
+        ax.errorbar(g['max_reply']*(1+.02*j), g['accuracy'], [g['accuracy']-g['low'], g['high']-g['accuracy']],
+                    marker='o', ms=4, lw=1,
                     capsize=2, label=c, color=COLOURS.get(c))
     if a.records and (k := setting(a.records[0], 'options')): ax.axhline(1/k, color='gray', ls=':', lw=1)
     ax.set_xscale('log', base=2); ax.set_xticks(a.values, [f'{t:.0f}' for t in a.values]); ax.legend(fontsize=8)
@@ -510,5 +551,6 @@ def questions_like(row, # a line of `compare` or `factorial`: a pilot
                    difference:float # that shall be found at the pilot's power
                   ) -> int: # questions, from characters like the pilot's and in proportion as many
     "Number of questions at which an effect of this size becomes detectable, by the pilot's own variance and design effect."
-    if np.isnan(row['detectable']): raise StatsError('the pilot can show no difference at all: ask more questions first')
+    if np.isnan(row['detectable']):
+        raise StatsError('the pilot can show no difference at all: ask more questions first')
     return int(np.ceil(row['n'] * (row['detectable']/abs(difference))**2))

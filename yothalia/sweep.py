@@ -26,8 +26,10 @@ from .curve import MEASURES, at, condition_of, point_metrics, point_values, valu
 
 # %% ../nbs/04i_sweep.ipynb #04900009
 FACTORS = { # parameter of the training → in words
-    'max_tokens': 'tokens of an example', 'learning_rate': 'learning rate', 'rank': 'rank', 'epochs': 'epochs', 'train_rows': 'training rows',
-    'persona_share': 'share of examples told the persona', 'batch': 'examples in a step', 'variant': 'kind of LoRA', 'ratio': 'learning rate of B over that of A (LoRA+)'}
+    'max_tokens': 'tokens of an example', 'learning_rate': 'learning rate', 'rank': 'rank', 'epochs': 'epochs',
+    'train_rows': 'training rows',
+    'persona_share': 'share of examples told the persona', 'batch': 'examples in a step', 'variant': 'kind of LoRA',
+    'ratio': 'learning rate of B over that of A (LoRA+)'}
 
 # %% ../nbs/04i_sweep.ipynb #0490000a
 class SweepConfig(Config):
@@ -59,13 +61,16 @@ class SweepConfig(Config):
     @classmethod
     def _known(cls, factors):
         for k in factors:
-            if k not in FACTORS: raise ValueError(f'{k!r} cannot be changed' + (f', did you mean {n[0]!r}?' if (n := nearest(k, FACTORS)) else f': known are {", ".join(FACTORS)}'))
+            if k not in FACTORS:
+                raise ValueError(f'{k!r} cannot be changed' + (f', did you mean {n[0]!r}?'
+                    if (n := nearest(k, FACTORS)) else f': known are {", ".join(FACTORS)}'))
         return factors
 
 # %% ../nbs/04i_sweep.ipynb #0490000e
 def lora_config(cfg:SweepConfig, factor:str='', value=None) -> LoraConfig:
     "What the training of a point is told; wrong values are refused here, before anything is trained."
-    same = {k: getattr(cfg, k) for k in ('out', 'model', 'precision', 'template', 'epochs', 'batch', 'learning_rate', 'rank', 'max_tokens', 'persona_share', 'train_rows', 'seed')}
+    same = {k: getattr(cfg, k) for k in ('out', 'model', 'precision', 'template', 'epochs', 'batch', 'learning_rate',
+                                         'rank', 'max_tokens', 'persona_share', 'train_rows', 'seed')}
     told = same | ({factor: value} if factor else {})
     told |= {k: float(told[k]) for k in ('learning_rate', 'epochs', 'persona_share', 'ratio') if k in told}
     return configure(LoraConfig, told | dict(alpha=2*told['rank'], evals=1))
@@ -89,24 +94,33 @@ def one_setting(cfg:SweepConfig, tok, asked:dict, name:str, learn:list[dict], po
     if factor != 'none':
         lora = lora_config(cfg, factor, value)
         learn = learn[:lora.train_rows or None]
-        _, n = examples(learn, tok, lora.max_tokens or token_budget(learn, tok, told), lora.persona_share, lora.seed, told)
-        out = {'training rows': metric(n['rows'], 'rows'), 'target tokens': metric(n['targets'], 'tokens'), 'truncated': metric(n['truncated']/n['examples'], 'share'), 'dropped': metric(n['dropped'], 'rows')}
+        _, n = examples(learn, tok, lora.max_tokens or token_budget(learn, tok, told), lora.persona_share, lora.seed,
+                        told)
+        out = {'training rows': metric(n['rows'], 'rows'), 'target tokens': metric(n['targets'], 'tokens'),
+               'truncated': metric(n['truncated']/n['examples'], 'share'), 'dropped': metric(n['dropped'], 'rows')}
         adapter = str(kept_adapter(lora, dict(train=learn, valid=asked['held'][:4]), path.stem))
     else: adapter = ''
-    values = point_values(cfg, load_model(cfg.model, cfg.precision, adapter or None), tok, asked, told, adapter, rooted(cfg.out)/'sweep'/path.stem)
-    what = dict(step='sweep', factor=factor, value=value, model=model_name(cfg.model), precision=cfg.precision, adapter=adapter_hash(adapter),
-                data_hash=data_hash(cfg.out), split=split_kind(cfg.out), template=template_id(name), key=key, languages=asked['languages'])
-    return save_record(path, what, out | point_metrics(values), cfg.model_dump(), write_jsonl(path.with_suffix('.values.jsonl'), values)) | dict(path=path)
+    values = point_values(cfg, load_model(cfg.model, cfg.precision, adapter or None), tok, asked, told, adapter,
+                          rooted(cfg.out)/'sweep'/path.stem)
+    what = dict(step='sweep', factor=factor, value=value, model=model_name(cfg.model), precision=cfg.precision,
+                adapter=adapter_hash(adapter),
+                data_hash=data_hash(cfg.out), split=split_kind(cfg.out), template=template_id(name), key=key,
+                languages=asked['languages'])
+    return save_record(path, what, out | point_metrics(values), cfg.model_dump(),
+                       write_jsonl(path.with_suffix('.values.jsonl'), values)) | dict(path=path)
 
 # %% ../nbs/04i_sweep.ipynb #04900012
 def sweep(cfg:SweepConfig, rows:dict) -> list[dict]: # records; rows: train (shuffled), valid, test
     "Train and measure all points; what is there already is kept."
     points, name, folder = sweep_points(cfg), run_template(cfg.out, cfg.template), rooted(cfg.out)/'records'
     asked = make_tracks(rows['test'], ('speaker', 'voice'), cfg.questions, cfg.options, cfg.seed) | dict(
-        held=rows['valid'][:cfg.loss_rows or None], authors=rows['valid'] + rows['test'], languages={r['character']: r['lang'] for r in rows['valid'] + rows['test']},
+        held=rows['valid'][:cfg.loss_rows or None], authors=rows['valid'] + rows['test'],
+        languages={r['character']: r['lang'] for r in rows['valid'] + rows['test']},
         lines=asked_lines(rows['test'], 0, cfg.reply_lines, cfg.seed) if cfg.reply_lines else [])
     tok, out = load_tokenizer(cfg.model), []
-    key = content_hash(cfg.model_dump(exclude={'out', 'factors'}), rows, template_id(name), *(package_dir()/f'{m}.py' for m in ('lora', 'training', 'prompts', 'benchmark', 'questions', 'curve', 'sweep')))
+    key = content_hash(cfg.model_dump(exclude={'out', 'factors'}), rows, template_id(name),
+                       *(package_dir()/f'{m}.py' for m in ('lora', 'training', 'prompts', 'benchmark', 'questions',
+                                                           'curve', 'sweep')))
     for f in folder.glob('sweep-*.json'):
         if f.stem not in {point_name(*p) for p in points}: f.unlink()
     for p in progress(points, 'settings'):
@@ -125,7 +139,8 @@ def against_default(records:list[dict], measure:str='loss', told:bool=True # tol
         b = values_of(r, measure, told)
         if len(a) < 2 or set(a.index) != set(b.index): continue
         e = estimate(b['value'].loc[a.index] - a['value'], a['cluster'])
-        out.append(dict(factor=r['what']['factor'], value=r['what']['value'], difference=e['value'], low=e['low'], high=e['high'], p=e['p']))
+        out.append(dict(factor=r['what']['factor'], value=r['what']['value'], difference=e['value'], low=e['low'],
+                        high=e['high'], p=e['p']))
     t = pd.DataFrame(out, columns=['factor', 'value', 'difference', 'low', 'high', 'p'])
     return t.assign(corrected=holm(t['p']) if len(t) else [])
 
@@ -135,9 +150,11 @@ def sweep_table(records:list[dict], told:bool=True) -> pd.DataFrame: # one line 
     rows = []
     for r in records:
         w, m = r['what'], r['metrics']
-        seen = {k: f'{m[k]["value"]:.0%}' if m[k]['unit'] == 'share' else f'{m[k]["value"]:,.0f}' for k in ('target tokens', 'truncated', 'dropped') if k in m}
+        seen = {k: f'{m[k]["value"]:.0%}' if m[k]['unit'] == 'share' else f'{m[k]["value"]:,.0f}'
+                for k in ('target tokens', 'truncated', 'dropped') if k in m}
         cells = {k: str(v) for k in MEASURES if (v := at(r, k, told)) is not None}
-        rows.append(dict(setting={'none': 'no adapter', '': 'default'}.get(w['factor'], f"{FACTORS.get(w['factor'], w['factor'])} {w['value']}")) | seen | cells)
+        rows.append(dict(setting={'none': 'no adapter', '': 'default'}.get(w['factor'],
+            f"{FACTORS.get(w['factor'], w['factor'])} {w['value']}")) | seen | cells)
     return pd.DataFrame(rows).fillna('')
 
 # %% ../nbs/04i_sweep.ipynb #04900016
@@ -159,11 +176,13 @@ def plot_sweep(records:list[dict], measures=('loss', 'speaker', 'voice')):
     tables = {m: t for m in measures if len(t := against_default(records, m))}
     first = next(iter(tables.values()))
     names = [f"{FACTORS[f]} {v}" for f, v in zip(first.factor, first.value)]
-    fig, axs = plt.subplots(1, len(tables), figsize=(3+2.4*len(tables), .8+.24*len(names)), layout='constrained', sharey=True)
+    fig, axs = plt.subplots(1, len(tables), figsize=(3+2.4*len(tables), .8+.24*len(names)), layout='constrained',
+                            sharey=True)
     for ax, (m, t) in zip(np.atleast_1d(axs), tables.items()):
         for y, r in enumerate(t.itertuples()):
             ax.plot([r.low, r.high], [y, y], color=COLOURS['both'], lw=1.5)
-            ax.plot(r.difference, y, 'o', color=COLOURS['both'], mfc=COLOURS['both'] if r.corrected < .05 else 'white', ms=5)
+            ax.plot(r.difference, y, 'o', color=COLOURS['both'], mfc=COLOURS['both'] if r.corrected < .05 else 'white',
+                    ms=5)
         ax.axvline(0, color='gray', lw=1, ls=':'); ax.grid(axis='x', alpha=.25)
         ax.set(title=f'{m} ({"less" if m == "loss" else "more"} is better)', xlabel=MEASURES[m]); ax.title.set_size(9)
     np.atleast_1d(axs)[0].set_yticks(range(len(names)), names, fontsize=8); np.atleast_1d(axs)[0].invert_yaxis()

@@ -41,12 +41,14 @@ def template_questions(rows, # held-out rows
                       ) -> list[dict]: # id, cluster, lang, user, reply, choices (personas), answer
     "Replies with the personas they are held against, or their own alone; a `DataError` if no row has a persona."
     told = [r for r in rows if r['instruction']]
-    if not told: raise DataError('no held-out row has a persona, so a template has nothing to tell: give one by -p persona=…')
+    if not told:
+        raise DataError('no held-out row has a persona, so a template has nothing to tell: give one by -p persona=…')
     if len(told) < 2: raise DataError('only one held-out row has a persona: bring more rows, or raise valid_share')
     try: return make_questions(told, n, options, seed, 'speaker')
     except DataError: pass
     order = np.random.default_rng(seed).permutation(len(told))[:n or None]
-    alone = lambda r: r | dict(id=row_id(r), track='speaker', cluster=r['character'], choices=[r['instruction']], answer=0)
+    alone = lambda r: r | dict(id=row_id(r), track='speaker', cluster=r['character'], choices=[r['instruction']],
+                               answer=0)
     return [alone(told[i]) for i in order]
 
 # %% ../nbs/04f_templates.ipynb #f1a00011
@@ -135,7 +137,8 @@ def plot_templates(records:list[dict], ax=None):
     some = sorted(records, key=lambda r: r['metrics']['gain']['value'])
     ax = ax or plt.subplots(figsize=(7, .42*len(some)+1.4), layout='constrained')[1]
     for y, r in enumerate(some):
-        for key, words, colour, fill, shift in (('gain of other personas', 'personas of others', COLOURS['base'], 'none', -.14),
+        for key, words, colour, fill, shift in (('gain of other personas', 'personas of others', COLOURS['base'],
+                                                 'none', -.14),
                                                 ('gain', 'own persona', COLOURS['prompt'], COLOURS['prompt'], .14)):
             if (m := r['metrics'].get(key)) is None: continue
             ax.plot(m['interval'], [y+shift]*2, color=colour, lw=1.5)

@@ -37,7 +37,8 @@ def share_out(batch:list[int], lengths, # of all examples
              ) -> list[list[int]]: # for each process its examples
     "A batch spread over processes: the longest first, each to the one with the fewest tokens so far."
     out, loads = [[] for _ in range(processes)], [0]*processes
-    for i in sorted(batch, key=lambda i: (-lengths[i], i)): k = loads.index(min(loads)); out[k].append(i); loads[k] += lengths[i]
+    for i in sorted(batch, key=lambda i: (-lengths[i], i)):
+        k = loads.index(min(loads)); out[k].append(i); loads[k] += lengths[i]
     return out
 
 # %% ../nbs/02c_training.ipynb #02c0000a2
@@ -46,7 +47,8 @@ def join_processes(minutes:float=5. # after which a process that is missing is a
     "Join the other processes that train together, if there are any, each with its own GPU if there are GPUs."
     if world()[1] == 1 or torch.distributed.is_initialized(): return
     if torch.cuda.is_available(): torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
-    torch.distributed.init_process_group('nccl' if torch.cuda.is_available() else 'gloo', timeout=timedelta(minutes=minutes))
+    torch.distributed.init_process_group('nccl' if torch.cuda.is_available() else 'gloo',
+                                         timeout=timedelta(minutes=minutes))
 
 # %% ../nbs/02c_training.ipynb #02c0000c
 @dataclass
@@ -117,8 +119,10 @@ def padded_pack(p:Packed, tokens:int, examples:int, targets:int, # what it shall
     more, end = tokens - p.ids.shape[1], p.bounds[-1]
     bounds = p.bounds + [*range(end+longest, tokens, longest), tokens]*(more > 0)
     fill = lambda v, n, what=0: torch.cat([v, v.new_full((n-len(v),), what)])
-    return Packed(ids=fill(p.ids[0], tokens)[None], positions=torch.cat([p.positions[0], torch.arange(more) % longest])[None],
-                  starts=fill(torch.tensor(bounds, dtype=torch.int32), examples+1, tokens), at=fill(p.at, targets), targets=fill(p.targets, targets),
+    return Packed(ids=fill(p.ids[0], tokens)[None],
+                  positions=torch.cat([p.positions[0], torch.arange(more) % longest])[None],
+                  starts=fill(torch.tensor(bounds, dtype=torch.int32), examples+1, tokens), at=fill(p.at, targets),
+                  targets=fill(p.targets, targets),
                   row=fill(p.row, targets), weight=fill(p.weight, targets), bounds=bounds, longest=longest)
 
 # %% ../nbs/02c_training.ipynb #02c0000e6x
@@ -139,7 +143,8 @@ def graph_sizes(packs:list[tuple[int,int,int]], # tokens, examples, targets of e
 def padded(self:Training, p:Packed) -> Packed: # pinned
     "A pack of the smallest size that holds it."
     longest, top = max(self.lengths), self.sizes[-1][0]
-    tokens, examples, targets = next(s for s in self.sizes if s[0] >= p.ids.shape[1] and s[1] >= len(p.bounds)-1 and s[2] >= len(p.at))
+    tokens, examples, targets = next(s for s in self.sizes if s[0] >= p.ids.shape[1] and s[1] >= len(p.bounds)-1
+                                     and s[2] >= len(p.at))
     return padded_pack(p, tokens, examples + top//longest + 2, targets, longest).each(lambda v: v.pin_memory())
 
 # %% ../nbs/02c_training.ipynb #02c0000e6z
@@ -147,7 +152,8 @@ class Captured:
     "Forward and backward over packs of one size, as a CUDA graph."
     def __init__(self, training:'Training', p:Packed):
         self.p, self.total = p.each(lambda v: v.to(training.device).clone()), torch.ones((), device=training.device)
-        keep, work = (training.flat.sum.clone(), training.loss.clone()), lambda: training.there_and_back(self.p, self.total)
+        keep, work = (training.flat.sum.clone(), training.loss.clone()), lambda: training.there_and_back(self.p,
+            self.total)
         beside = torch.cuda.Stream(training.device) if training.stream is None else training.stream
         training.stream = beside; beside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(beside), torch.cuda.use_mem_pool(training.pool):
@@ -184,7 +190,8 @@ def plan_graphs(self:Training):
     "Decide the sizes of graphs from all packs of the training."
     self.graphs.clear()
     packs = [p for i in range(self.at.step, len(self.batches)) for p in self.packing(i)]
-    self.sizes = graph_sizes([(sum(self.lengths[k] for k in p), len(p), sum(self.targets[k] for k in p)) for p in packs])
+    self.sizes = graph_sizes([(sum(self.lengths[k] for k in p), len(p), sum(self.targets[k] for k in p))
+                              for p in packs])
 
 # %% ../nbs/02c_training.ipynb #02c0000fz
 @patch
@@ -219,7 +226,8 @@ def take_step(self:Training) -> torch.Tensor: # the norm of the gradient, on the
     i = self.at.step; total = sum(self.targets[k] for k in self.batches[i]); before = self.loss.clone()
     while True:
         try:
-            if not self.fused: torch.manual_seed((self.told.seed*1_000_003 + i)*1009 + self.rank)  # dropout, the same after an interruption
+            # dropout, the same after an interruption
+            if not self.fused: torch.manual_seed((self.told.seed*1_000_003 + i)*1009 + self.rank)
             for p in self.packs(i): self.micro(p, total)
             break
         except Exception as e:
@@ -228,7 +236,8 @@ def take_step(self:Training) -> torch.Tensor: # the norm of the gradient, on the
         if self.device.type == 'cuda': torch.cuda.empty_cache()
     if self.processes > 1: torch.distributed.all_reduce(self.flat.sum)
     self.at.step += 1
-    self.at.pending = tuple(a+b for a, b in zip(self.at.pending, (0., total, sum(self.lengths[k] for k in self.batches[i]), 1)))
+    self.at.pending = tuple(a+b for a, b in zip(self.at.pending,
+                                                (0., total, sum(self.lengths[k] for k in self.batches[i]), 1)))
     return self.flat.step(self.learning_rate(i), self.told.max_norm)
 
 # %% ../nbs/02c_training.ipynb #02c00011
@@ -262,18 +271,22 @@ def note(self:Training, norm:torch.Tensor): # of the gradient
     nats, targets, tokens, steps = self.at.pending
     both = self.loss.clone()
     if self.processes > 1: torch.distributed.all_reduce(both)
-    self.at.log.append(dict(step=self.at.step, loss=(nats + float(both))/targets, grad_norm=float(norm), learning_rate=self.learning_rate(self.at.step-1),
+    self.at.log.append(dict(step=self.at.step, loss=(nats + float(both))/targets, grad_norm=float(norm),
+                            learning_rate=self.learning_rate(self.at.step-1),
                             tokens=tokens, seconds=round(self.spent(), 3)))
     self.at.pending = (0., 0, 0, 0); self.loss.zero_()
     last = self.at.log[-1]
-    if not math.isfinite(last['loss']) or not math.isfinite(last['grad_norm']): self.give_up(f"loss is {last['loss']}, the gradient's norm {last['grad_norm']}")
-    if last['grad_norm'] == 0: raise TrainError('The gradient is zero: no layer of the adapter has to do with the targets.')
+    if not math.isfinite(last['loss']) or not math.isfinite(last['grad_norm']):
+        self.give_up(f"loss is {last['loss']}, the gradient's norm {last['grad_norm']}")
+    if last['grad_norm'] == 0:
+        raise TrainError('The gradient is zero: no layer of the adapter has to do with the targets.')
 
 # %% ../nbs/02c_training.ipynb #02c00013
 def last_checkpoint(folder:str|Path # where checkpoint-N folders are
                    ) -> Path|None:
     "The newest whole checkpoint, or None."
-    found = [(int(m[1]), p) for p in Path(folder).glob('checkpoint-*') if (m := re.fullmatch(r'checkpoint-(\d+)', p.name))]
+    found = [(int(m[1]), p) for p in Path(folder).glob('checkpoint-*')
+             if (m := re.fullmatch(r'checkpoint-(\d+)', p.name))]
     return next((p for _, p in sorted(found, reverse=True) if sealed(p)), None)
 
 # %% ../nbs/02c_training.ipynb #02c00013x
@@ -287,7 +300,8 @@ def save(self:Training):
     if self.rank: return
     with atomic(self.folder/f'checkpoint-{self.at.step}') as new:
         new.mkdir()
-        save_file({k: v.cpu().contiguous() for k, v in (self.flat.state() | dict(best=self.best)).items()}, new/'state.safetensors')
+        save_file({k: v.cpu().contiguous() for k, v in (self.flat.state() | dict(best=self.best)).items()},
+                  new/'state.safetensors')
         (new/'progress.json').write_text(json.dumps(vars(self.at)), encoding='utf-8')
         seal(new)
     old = sorted(self.folder.glob('checkpoint-*'), key=lambda p: int(p.name.split('-')[1]))[:-2]
@@ -368,9 +382,11 @@ def run(self:Training) -> int: # the step that was taken up
     lines, evals = max(1, n//40), max(1, n//max(1, self.told.evals))
     bar = progress(range(taken, n), 'training', n)
     self.listen(); self.saved = self.mark = time.perf_counter()
-    work = sum(p.numel() for p in self.model.parameters()) * sum(self.lengths[k] for b in self.batches[taken:] for k in b)
+    work = sum(p.numel() for p in self.model.parameters()) * sum(self.lengths[k] for b in self.batches[taken:]
+                                                                 for k in b)
     try:
-        with liger(self.model, {None: work, True: math.inf, False: 0}[self.told.liger]) as self.liger, packed(self.model):
+        with liger(self.model,
+                   {None: work, True: math.inf, False: 0}[self.told.liger]) as self.liger, packed(self.model):
             if not self.at.log: self.aside(self.evaluate)
             for _ in bar: self.turn(n, lines, evals)
     finally: self.listen(False)
@@ -387,4 +403,5 @@ def turn(self:Training, n:int, lines:int, evals:int): # steps; how often there i
     if i % lines == 0 or i == 1 or done: self.note(norm)
     if due := i % evals == 0 or done: self.aside(self.evaluate)
     if due or save or stop: self.aside(self.save); self.saved = time.perf_counter()
-    if stop and not done: raise KeyboardInterrupt(f'Stopped and saved after step {i} of {n}: run it again, and it goes on.')
+    if stop and not done:
+        raise KeyboardInterrupt(f'Stopped and saved after step {i} of {n}: run it again, and it goes on.')

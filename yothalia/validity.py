@@ -56,7 +56,8 @@ def persona_shuffle(lines:list[dict], # per-question lines of a closed track: se
         order = rng.permuted(np.tile(np.arange(len(of)), (draws, 1)), axis=1)
         hits += (picks[order] == answers).sum(1)
     n, seen = len(lines), float(right(lines, by).mean())
-    return dict(observed=seen, mean=float(hits.mean()/n), low=float(np.quantile(hits/n, .025)), high=float(np.quantile(hits/n, .975)),
+    return dict(observed=seen, mean=float(hits.mean()/n), low=float(np.quantile(hits/n, .025)),
+                high=float(np.quantile(hits/n, .975)),
                 p=float((1 + (hits/n >= seen - 1e-12).sum())/(1+draws)), n=n)
 
 # %% ../nbs/04d_validity.ipynb #dff60ef0
@@ -77,7 +78,8 @@ def reordered_gap(model, tok, qs:list[dict], # questions of one track
     for k, (_, order) in enumerate(turned):
         a, b = np.array(before[k]['sum'])[order], np.array(after[k]['sum'])
         gaps.append(abs(a-b).max()); changed.append(int(a.argmax() != b.argmax()))
-    return {'largest gap after reordering': metric(float(max(gaps)), 'nats', len(qs)), 'picks changed by reordering': metric(float(np.mean(changed)), 'share', len(qs))}
+    return {'largest gap after reordering': metric(float(max(gaps)), 'nats', len(qs)),
+            'picks changed by reordering': metric(float(np.mean(changed)), 'share', len(qs))}
 
 # %% ../nbs/04d_validity.ipynb #5302fc01
 def split_half(lines:list[dict], # per-question lines
@@ -90,12 +92,15 @@ def split_half(lines:list[dict], # per-question lines
     if n < 4: return None
     for _ in range(draws):
         side = (rng.permutation(group.max()+1) % 2)[group]
-        a, b = (np.bincount(who[side == s], hit[side == s], n)/np.maximum(np.bincount(who[side == s], minlength=n), 1e-9) for s in (0, 1))
+        a, b = (np.bincount(who[side == s], hit[side == s], n)/np.maximum(np.bincount(who[side == s], minlength=n),
+            1e-9) for s in (0, 1))
         both = (np.bincount(who[side == 0], minlength=n) > 0) & (np.bincount(who[side == 1], minlength=n) > 0)
-        if both.sum() > 3 and a[both].std() and b[both].std(): r = np.corrcoef(a[both], b[both])[0, 1]; rs.append(2*r/(1+r) if r > -1 else -1)
+        if both.sum() > 3 and a[both].std() and b[both].std():
+            r = np.corrcoef(a[both], b[both])[0, 1]; rs.append(2*r/(1+r) if r > -1 else -1)
         gaps.append(abs(hit[side == 0].mean()-hit[side == 1].mean()))
     if not rs: return None
-    return dict(r=float(np.median(rs)), low=float(np.quantile(rs, .025)), high=float(np.quantile(rs, .975)), gap=float(np.mean(gaps)), characters=int(n))
+    return dict(r=float(np.median(rs)), low=float(np.quantile(rs, .025)), high=float(np.quantile(rs, .975)),
+                gap=float(np.mean(gaps)), characters=int(n))
 
 # %% ../nbs/04d_validity.ipynb #1ce6ecd3
 def track_validity(cfg:ValidityConfig, track:str, qs:list[dict], records:list[dict], # of this track, by likelihood
@@ -105,11 +110,14 @@ def track_validity(cfg:ValidityConfig, track:str, qs:list[dict], records:list[di
     for r in [r for r in records if CONDITIONS[r['what']['condition']][0] and TRACKS[track].closed]:
         lines, by, c = read_jsonl(r['path'].parent/r['questions']), headline_of(r), r['what']['condition']
         s, h = persona_shuffle(lines, by, cfg.shuffles, cfg.seed), split_half(lines, by, seed=cfg.seed)
-        metrics |= {f'{c} accuracy': r['metrics'][f'accuracy {by}'], f'{c} shuffled': metric(s['mean'], 'accuracy', s['n'], s['low'], s['high']),
+        metrics |= {f'{c} accuracy': r['metrics'][f'accuracy {by}'],
+                    f'{c} shuffled': metric(s['mean'], 'accuracy', s['n'], s['low'], s['high']),
                     f'{c} shuffle p': metric(s['p'], 'p', cfg.shuffles)}
-        if h: metrics |= {f'{c} split-half': metric(h['r'], 'correlation', h['characters'], h['low'], h['high']), f'{c} gap of the halves': metric(h['gap'], 'accuracy', s['n'])}
+        if h: metrics |= {f'{c} split-half': metric(h['r'], 'correlation', h['characters'], h['low'], h['high']),
+                          f'{c} gap of the halves': metric(h['gap'], 'accuracy', s['n'])}
     if lm is not None: metrics |= reordered_gap(lm, tok, qs[:cfg.reordered], seed=cfg.seed)
-    what = dict(step='validity', track=track, questions_hash=questions_hash(qs), data_hash=data_hash(cfg.out), model=model_name(cfg.model), precision=cfg.precision, split=split_kind(cfg.out))
+    what = dict(step='validity', track=track, questions_hash=questions_hash(qs), data_hash=data_hash(cfg.out),
+                model=model_name(cfg.model), precision=cfg.precision, split=split_kind(cfg.out))
     return save_record(rooted(cfg.out)/'records'/f'validity-{track}.json', what, metrics, cfg.model_dump())
 
 def validity(cfg:ValidityConfig) -> list[dict]: # records
@@ -118,8 +126,10 @@ def validity(cfg:ValidityConfig) -> list[dict]: # records
     except StatsError: return []
     lm, tok = (load_model(cfg.model, cfg.precision), load_tokenizer(cfg.model)) if cfg.reordered else (None, None)
     of = {t: [r for r in got if r['what']['track'] == t] for t in TRACKS}
-    asked = {t: load_questions(rooted(cfg.out)/f'questions-{t}.jsonl', rs[0]['what']['questions_hash']) for t, rs in of.items() if rs}
-    return [track_validity(cfg, t, qs, of[t], lm, tok) for t, qs in progress(asked.items(), 'tracks') if len({q.get('set', q['cluster']) for q in qs}) > 1]
+    asked = {t: load_questions(rooted(cfg.out)/f'questions-{t}.jsonl', rs[0]['what']['questions_hash'])
+             for t, rs in of.items() if rs}
+    return [track_validity(cfg, t, qs, of[t], lm, tok) for t, qs in progress(asked.items(), 'tracks')
+            if len({q.get('set', q['cluster']) for q in qs}) > 1]
 
 # %% ../nbs/04d_validity.ipynb #bad64448
 def validity_table(records:list[dict] # of this step
@@ -128,7 +138,9 @@ def validity_table(records:list[dict] # of this step
     rows = []
     for r in sorted(records, key=lambda r: list(TRACKS).index(r['what']['track'])):
         m = {k: Metric(v) for k, v in r['metrics'].items()}
-        rows.append(dict(track=r['what']['track'], n=m['choices only']['n']) | {k: str(m[k]) for k in m if k in (*VIEWS['reply'], *VIEWS['persona']) or k.endswith((' accuracy', ' shuffled', ' split-half'))})
+        rows.append(dict(track=r['what']['track'], n=m['choices only']['n'])
+                    | {k: str(m[k]) for k in m if k in (*VIEWS['reply'], *VIEWS['persona'])
+                       or k.endswith((' accuracy', ' shuffled', ' split-half'))})
     return pd.DataFrame(rows).fillna('') if rows else pd.DataFrame()
 
 # %% ../nbs/04d_validity.ipynb #1931dc9c
@@ -145,9 +157,13 @@ def plot_validity(records:list[dict], # of this step
         for j, k in enumerate(shown):
             m, h = Metric(r['metrics'][k]), y + .38 - .76*(j+.5)/len(shown)
             colour = COLOURS[k.split()[0]] if k.endswith(' accuracy') else '#8c510a' if k in fair else '#949494'
-            ax.plot(m['interval'], [h, h], color=colour, lw=2, solid_capstyle='round'); ax.plot(m['value'], h, 'o', color=colour, ms=4)
-            ax.annotate(k, (m['interval'][1], h), xytext=(5, 0), textcoords='offset points', va='center', fontsize=7, color=colour)
-    ax.axvline(.2, color='gray', lw=1, ls=':', zorder=0); ax.set_yticks(range(len(records)), [r['what']['track'] for r in records])
-    ax.set(xlim=(-.02, 1.2), xlabel='accuracy, with 95% intervals; dotted: one in five', title='What is known without the character (grey), by its words (brown), by the model'); ax.grid(axis='x', alpha=.2)
+            ax.plot(m['interval'], [h, h], color=colour, lw=2, solid_capstyle='round')
+            ax.plot(m['value'], h, 'o', color=colour, ms=4)
+            ax.annotate(k, (m['interval'][1], h), xytext=(5, 0), textcoords='offset points', va='center', fontsize=7,
+                        color=colour)
+    ax.axvline(.2, color='gray', lw=1, ls=':', zorder=0); ax.set_yticks(range(len(records)),
+                                                                        [r['what']['track'] for r in records])
+    ax.set(xlim=(-.02, 1.2), xlabel='accuracy, with 95% intervals; dotted: one in five',
+           title='What is known without the character (grey), by its words (brown), by the model'); ax.grid(axis='x', alpha=.2)
     ax.set_xticks(np.arange(0, 1.01, .2))
     return ax
