@@ -296,15 +296,19 @@ def record_table(records:list[dict], # from `load_records`
 # %% ../nbs/00_core.ipynb #796d3d2f
 def progress(items, # an iterable
              desc:str='', # what is going on
-             total:int|None=None # its length, where it has none
+             total:int|None=None, # its length, where it has none
+             say=None # gives a few words on how it goes
             ):
-    "tqdm over `items`, which also tells the runner how far it is."
+    "tqdm over `items`, which also tells the runner how far it is, and how it goes."
     from tqdm.auto import tqdm
-    told = os.environ.get('YOTHALIA_PROGRESS', '')
-    if not told: yield from tqdm(items, desc=desc, total=total); return
+    told, say = os.environ.get('YOTHALIA_PROGRESS', ''), say or (lambda: '')
+    if not told:
+        bar = tqdm(items, desc=desc, total=total)
+        for o in bar: yield o; bar.set_postfix_str(say(), refresh=False)
+        return
     total = total or (len(items) if hasattr(items, '__len__') else None)
     for i, o in enumerate(items):
-        if told != 'off': tell_progress(f'{desc} {i}/{total}' if total else f'{desc} {i}')
+        if told != 'off': tell_progress(', '.join(filter(None, (f'{desc} {i}/{total}'.removesuffix('/None'), say()))))
         yield o
 
 def tell_progress(text:str # a short line

@@ -374,13 +374,24 @@ def forecast(self:Training) -> dict: # steps, tokens; seconds, and bytes on a GP
     for v in (self.flat.sum, self.flat.grad, self.loss): v.zero_()
     return out
 
+# %% ../nbs/02c_training.ipynb #02c00016d
+@patch
+def how_it_goes(self:Training) -> str:
+    "The latest loss, held-out loss and speed in a few words."
+    lines, evals = ([l for l in self.at.log if k in l] for k in ('loss', 'eval_loss'))
+    out = [f"loss {lines[-1]['loss']:.2f}"] if lines else []
+    if evals: out.append(f"held out {evals[-1]['eval_loss']:.2f}")
+    if len(lines) > 1 and (took := lines[-1]['seconds']-lines[-2]['seconds']) > 0:
+        out.append(f"{lines[-1]['tokens']/took:,.0f} tokens/s")
+    return ', '.join(out)
+
 # %% ../nbs/02c_training.ipynb #02c00017y
 @patch
 def run(self:Training) -> int: # the step that was taken up
     "Train to the end, or until asked to stop; afterwards the model has its best weights."
     taken, n = self.restore(), len(self.batches)
     lines, evals = max(1, n//40), max(1, n//max(1, self.told.evals))
-    bar = progress(range(taken, n), 'training', n)
+    bar = progress(range(taken, n), 'training', n, self.how_it_goes)
     self.listen(); self.saved = self.mark = time.perf_counter()
     work = sum(p.numel() for p in self.model.parameters()) * sum(self.lengths[k] for b in self.batches[taken:]
                                                                  for k in b)
