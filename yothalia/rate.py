@@ -79,7 +79,8 @@ def plot_rates(log:list[dict], ax=None):
     for (name, r), style in zip(suggested(log).items(), ('--', ':')):
         ax.axvline(r, ls=style, color='#de8f05', label=f'{name}: {r:.1e}')
     ax.set(xscale='log', xlabel='learning rate', ylabel='change of the loss (nats per token)',
-           title='How large may the steps be?'); ax.legend(fontsize=8)
+           title='How large may the steps be?')
+    low = float(smoothed(loss).min()); ax.set_ylim(low-.25, low+1.25); ax.legend(fontsize=8)
     return ax
 
 def plt_axes():
