@@ -87,14 +87,17 @@ def staged(notebook:dict, blob:str, sentences:dict[str,str]) -> dict:
 def results_page(folder:Path # with records
                 ) -> str: # Markdown
     "What the records of a recipe say."
-    from yothalia import benchmark, quantization, templates
+    from yothalia import benchmark, export, quantization, speed, sweep, templates
     from yothalia.validity import validity_table
     of = lambda step: load_records(folder, step=step)
     every = load_records(folder)
     made = sorted({(r['run']['commit'][:7], r['run']['time'][:10], r['run']['name']) for r in every})
     tables = [('Accuracy', benchmark.brief_table, of('benchmark')), ('Validity', validity_table, of('validity')),
               ('Precisions', quantization.precision_table, of('quantization')),
-              ('Prompt templates', templates.template_table, of('templates'))]
+              ('Prompt templates', templates.template_table, of('templates')),
+              ('Settings of the training', sweep.sweep_table, of('sweep')),
+              ('Exports', export.export_table, of('export')),
+              ('Training speed', lambda r: speed.speed_table(r).round(3), of('speed'))]
     recipe = project_root()/'runs'/f'{folder.name}.yml'
     parts = [f'---\ntitle: {folder.name}\n---\n', *(f'- {s}' for s in findings(folder)), '']
     parts += [f'## {t}\n\n{f(r).to_html(index=False, border=0)}\n' for t, f, r in tables if r]

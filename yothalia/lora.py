@@ -193,7 +193,7 @@ def fit(cfg:LoraConfig, # checked parameters
     for part, share in (('train', cfg.persona_share), ('valid', 1.)):
         sets[part], counts[part] = examples(rows[part], tok, budget, share, cfg.seed, template)
     counts['budget'] = budget
-    check_apart(rows['train'], load_split(cfg.out, 'test'))
+    if not given: check_apart(rows['train'], load_split(cfg.out, 'test'))
     seed_everything(cfg.seed); join_processes()
     model = add_lora(load_model(cfg.model, cfg.precision), cfg)
     folder = rooted(cfg.out)/'checkpoints'/training_key(cfg, given)
