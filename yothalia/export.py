@@ -294,7 +294,9 @@ class Verdict:
     checks: dict[str,tuple]  # check → (passed, None where it could not be made; what was seen)
     metrics: dict
     @property
-    def same(self) -> bool: return all(ok is not False for ok, _ in self.checks.values())
+    def same(self) -> bool: # nothing speaks against it, and weights or character speak for it
+        passed = {k: ok for k, (ok, _) in self.checks.items()}
+        return False not in passed.values() and bool(passed['weights'] or passed['character'])
     def __str__(self):
         mark = {True: 'yes', False: 'NO', None: 'not checked'}
         lines = [f'{k:<10} {mark[ok]:<12} {said}' for k, (ok, said) in self.checks.items()]
@@ -303,7 +305,8 @@ class Verdict:
     @property
     def sentence(self) -> str:
         wrong = [k for k, (ok, _) in self.checks.items() if ok is False]
-        if not wrong: return 'It is the character that was tested.'
+        if self.same: return 'It is the character that was tested.'
+        if not wrong: return 'Nothing speaks against it, but these rows are too few to say that the character is kept.'
         return 'It is the model that was tested, but much of the character is lost at this precision.' if wrong == ['character'] else 'It is NOT the model that was tested.'
     __repr__ = __str__
 
@@ -609,7 +612,7 @@ def verify_export(cfg:ExportConfig, place:str, # a folder, a GGUF file, or a ser
     "Ask somebody's export what the run's model was asked."
     served = place.startswith(('http://', 'https://'))
     if served and not name: raise ModelError('Say by --model how the server calls the model.')
-    if not served: find_model(place); adapter_here(place)
+    if not served: adapter_here(place); find_model(place)
     ref = Reference(cfg)
     if served: return ref.verdict(answers_of_server(ref.asked, place, name, ref.tok), precision)
     folder = rooted(place).is_dir()
