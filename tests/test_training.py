@@ -7,13 +7,13 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from yothalia.core import seed_everything
-from yothalia.training import Told, Training, join_processes, last_checkpoint
+from yothalia.training import TrainError, Told, Training, join_processes, last_checkpoint, shard, sharded
 
 ROOT = Path(__file__).parent.parent
 os.environ['YOTHALIA_PROGRESS'] = 'off'
 
 
-def tiny(folder, dropout=0., **kw):
+def tiny(folder, dropout=0., spread=False, **kw):
     "A training of a small model that was never trained, on numbers; some ten milliseconds a step."
     seed_everything(0)
     made = random.Random(0)
@@ -21,6 +21,7 @@ def tiny(folder, dropout=0., **kw):
     examples = [dict(input_ids=r, labels=[-100]*8 + r[8:]) for r in rows]
     m = LlamaForCausalLM(LlamaConfig(vocab_size=200, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2))
     m = get_peft_model(m, LoraConfig(task_type='CAUSAL_LM', target_modules='all-linear', r=4, lora_dropout=dropout), autocast_adapter_dtype=False)
+    if spread: shard(m)
     return Training(m, examples[:40], examples[40:], Told(**dict(batch=8, epochs=30., evals=30, learning_rate=1e-3, pack_tokens=128) | kw), folder)
 
 
@@ -68,8 +69,10 @@ TOGETHER = '''
 import sys; sys.path.insert(0, "tests")
 from test_training import *
 torch.set_num_threads(1); join_processes(1.)
-t = tiny(Path(sys.argv[1]), pack_tokens=64)
-if len(sys.argv) > 2 and t.rank == 1 and not last_checkpoint(t.folder):
+spread = 'spread' in sys.argv
+t = tiny(Path(sys.argv[1]), pack_tokens=64, spread=spread, recompute=spread)
+assert sharded(t.model) == t.sharded == spread
+if 'die' in sys.argv and t.rank == 1 and not last_checkpoint(t.folder):
     step = t.take_step
     t.take_step = lambda: os.kill(os.getpid(), 9) if t.at.step == 20 else step()
 t.run()
@@ -97,3 +100,71 @@ def test_two_processes_share_a_step(tmp_path):
     assert 0 < int(last_checkpoint(tmp_path/'dead').name.split('-')[1]) <= 20
     got = together(tmp_path, tmp_path/'dead', 'die'); assert got.returncode == 0, got.stderr[-3000:]
     assert torch.equal(torch.load(tmp_path/'dead/end.pt'), end)
+
+
+def test_layers_spread_over_two_processes(tmp_path):
+    "Each process holds half of the frozen weights, layers are computed again on the way back, and it is the training of one process that has them all."
+    one = tiny(tmp_path/'one', pack_tokens=64); one.run()
+    got = together(tmp_path, tmp_path/'two', 'spread'); assert got.returncode == 0, got.stderr[-3000:]
+    log = json.loads((tmp_path/'two/log.json').read_text())
+    for a, b in zip(log, one.at.log, strict=True):
+        for k in ('loss', 'eval_loss', 'grad_norm'): assert abs(a.get(k, 0)-b.get(k, 0)) < 2e-3, (a, b)
+    end = torch.load(tmp_path/'two/end.pt'); assert (end-one.flat.live).norm() < .02*one.flat.live.norm()
+
+
+@pytest.mark.parametrize('dropout', [0., .2])
+def test_recomputed(tmp_path, dropout):
+    "Layers that are computed again give the same weights, dropout included, and afterwards the model is as it was."
+    kept = tiny(tmp_path/'kept', dropout, epochs=2.); kept.run()
+    again = tiny(tmp_path/'again', dropout, epochs=2., recompute=True); again.run()
+    assert again.recomputed and not kept.recomputed
+    assert torch.allclose(again.flat.live, kept.flat.live, atol=1e-6) and not again.model.training
+    assert not any(getattr(m, 'gradient_checkpointing', False) for m in again.model.modules())
+
+
+def test_memory_is_full(tmp_path):
+    "Smaller packs, then layers computed again, then a word about what else there is; what was computed is right all the same."
+    def small(folder, enough):
+        t = tiny(tmp_path/folder, epochs=1., pack_tokens=1024); inner, seen = t.there_and_back, []
+        def there_and_back(p, total):
+            seen.append((t.size, t.recomputed)); inner(p, total)  # what was added before is thrown away
+            if not enough(t): raise torch.OutOfMemoryError('out of memory')
+        t.there_and_back = there_and_back
+        return t, seen
+    whole = tiny(tmp_path/'whole', epochs=1.); whole.run()
+    t, seen = small('halved', lambda t: t.size <= 128); t.run()
+    assert t.size == 128 and not t.recomputed and torch.allclose(t.flat.live, whole.flat.live, atol=1e-4)
+    t, seen = small('again', lambda t: t.recomputed); t.run()
+    assert t.recomputed and t.size == max(t.lengths) and torch.allclose(t.flat.live, whole.flat.live, atol=1e-4)
+    t, seen = small('never', lambda t: False)
+    with pytest.raises(TrainError, match='one conversation of 5. tokens.*max_tokens'): t.run()
+    assert seen[-1][1]
+
+
+SPREAD = '''
+import sys, torch
+from yothalia import lora
+from yothalia.core import configure
+torch.set_num_threads(1)
+lora.too_large = lambda *_: True
+cfg = configure(lora.LoraConfig, dict(out=sys.argv[1], train_rows=4, valid_rows=2, batch=2, rank=4, precision='fp32'))
+lora.save_spread(*lora.fit(cfg), cfg)
+torch.distributed.destroy_process_group()
+'''
+
+def test_adapter_of_a_model_that_is_spread(tmp_path):
+    "Trained by two processes that hold half a model each, its adapter fits the whole model and does what the log says."
+    from yothalia.data import ensure_data, load_split
+    from yothalia.lora import condition_losses, loss_table
+    from yothalia.models import load_model, load_tokenizer
+    ensure_data(tmp_path/'run')
+    (tmp_path/'spread.py').write_text(SPREAD)
+    got = subprocess.run([sys.executable, '-W', 'ignore', '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', str(tmp_path/'spread.py'), str(tmp_path/'run')],
+                         cwd=ROOT, capture_output=True, text=True, timeout=300, env={**os.environ, 'PYTHONPATH': str(ROOT)})
+    assert got.returncode == 0, got.stderr[-3000:]
+    assert 'measure it with the other rooms' in got.stdout
+    model, tok = load_model('smollm2-135m', 'fp32', tmp_path/'run/adapter'), load_tokenizer('smollm2-135m')
+    rows = load_split(tmp_path/'run', 'valid').shuffle(seed=0).select(range(2))
+    losses = loss_table(condition_losses(model, rows, tok))
+    said = [float(l.split('|')[2]) for l in (tmp_path/'run/adapter/README.md').read_text().splitlines() if l.startswith(('| base', '| with'))]
+    assert abs(losses['prompt']['value']-said[0]) < 2e-3 and abs(losses['both']['value']-said[1]) < 2e-3 and said[1] < said[0]

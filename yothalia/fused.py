@@ -37,7 +37,7 @@ class _LoraLinear(torch.autograd.Function):
 def _weight_of(layer): # a frozen linear layer
     "A function that gives its weight, (out, in), or None where it is not to be had."
     w = layer.weight
-    if type(layer) is torch.nn.Linear: return lambda: w
+    if type(layer) is torch.nn.Linear: return lambda: layer.weight  # it may be elsewhere in between
     if type(w).__name__ == 'Params4bit':
         from bitsandbytes.functional import dequantize_4bit
         return lambda: dequantize_4bit(w, w.quant_state)

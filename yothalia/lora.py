@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MIN_REPLY', 'CARD', 'LoraConfig', 'example', 'target_runs', 'check_labels', 'token_budget', 'examples', 'remarks',
            'check_apart', 'loss_metric', 'reply_loss', 'add_lora', 'moved', 'training_key', 'rows_of', 'fit',
-           'before_it_starts', 'told', 'finished', 'plot_curve', 'save_adapter', 'kept_adapter', 'condition_losses',
-           'loss_table', 'gains', 'before_after', 'merge', 'training_speed', 'plot_gains']
+           'before_it_starts', 'told', 'finished', 'plot_curve', 'save_adapter', 'save_spread', 'kept_adapter',
+           'condition_losses', 'loss_table', 'gains', 'before_after', 'merge', 'training_speed', 'plot_gains']
 
 # %% ../nbs/02_lora.ipynb #6456a6e1
 import math, shutil
@@ -195,13 +195,15 @@ def fit(cfg:LoraConfig, # checked parameters
     counts['budget'] = budget
     if not given: check_apart(rows['train'], load_split(cfg.out, 'test'))
     seed_everything(cfg.seed); join_processes()
-    model = add_lora(load_model(cfg.model, cfg.precision), cfg)
+    spread = too_large(cfg.model, cfg.precision)
+    model = add_lora(load_model(cfg.model, cfg.precision, device='cpu' if spread else ''), cfg)
+    if spread: shard(model)
     folder = rooted(cfg.out)/'checkpoints'/training_key(cfg, given)
     training = Training(model, sets['train'], sets['valid'], told(cfg), folder)
     if not given: counts['forecast'] = before_it_starts(training, remarks(counts))
     taken_up = finished(training)
     counts['steps'] = dict(taken_up=taken_up, done=training.at.step, pack_tokens=training.size,
-                           graphs=len(training.graphs), liger=training.liger)
+                           graphs=len(training.graphs), liger=training.liger, recomputed=training.recomputed)
     model.config.use_cache = True
     return model.eval(), training.at.log, counts
 
@@ -293,6 +295,17 @@ def save_adapter(model, # a trained PeftModel
             params=', '.join(f'{k} {v}' for k, v in cfg.model_dump(exclude={'out'}).items())), encoding='utf-8')
         seal(new)
     return rooted(cfg.out)/'adapter'
+
+# %% ../nbs/02_lora.ipynb #02900012
+def save_spread(model, log:list[dict], counts:dict, # from `fit`
+                cfg:LoraConfig):
+    "Save the adapter of a model whose layers are spread over processes; of any other this room does it later."
+    if not sharded(model) or world()[0]: return
+    n, seen = counts['valid']['targets'], [l['eval_loss'] for l in log if 'eval_loss' in l] or [float('nan')]
+    losses = {c: metric(v, 'nats/token', n) for c, v in (('prompt', seen[0]), ('both', min(seen)))}
+    folder = save_adapter(model, cfg, counts, losses)
+    print(f'The adapter is in {tidy(folder)}. Its model is too large for one GPU at {cfg.precision}: '
+          f'measure it with the other rooms at a precision that fits, e.g. -p precision=nf4.')
 
 # %% ../nbs/02_lora.ipynb #ac7fb2bd
 def kept_adapter(cfg:LoraConfig, given:dict, # rows to train on and to watch

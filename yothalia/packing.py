@@ -163,7 +163,7 @@ def pack_size(device) -> int:
     return 8192 if torch.device(device).type == 'cuda' else 512
 
 # %% ../nbs/02a_packing.ipynb #02a00021
-@torch.inference_mode()
+@torch.no_grad()
 def example_nll(model, data, # examples
                 size:int=0 # tokens in a pack; 0 for what suits the device
                ) -> tuple[np.ndarray, np.ndarray]: # (examples,) summed nats in float64, (examples,) target tokens

@@ -204,7 +204,8 @@ def train_together(folder:Path):
     params, keys = read_plan(rooted(folder)), step_keys(read_plan(rooted(folder)), rooted(folder))
     if is_done(rooted(folder), '02_lora', keys['02_lora']): return
     if torch.cuda.is_available(): torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
-    try: lora.fit(configure(lora.LoraConfig, params['02_lora']))
+    cfg = configure(lora.LoraConfig, params['02_lora'])
+    try: lora.save_spread(*lora.fit(cfg), cfg)
     except KeyboardInterrupt as e: print(e)
     finally:
         if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'TRAINERS', 'SpeedConfig', 'shaped', 'model_of', 'speed_rows', 'train_ours', 'train_padded', 'train_trl',
-           'trained', 'trained_together', 'measure_speed', 'trainer_name', 'speed_table', 'plot_speed']
+           'trained', 'trained_together', 'measure_speed', 'trainer_name', 'speed_table', 'plot_speed', 'liger_pays']
 
 # %% ../nbs/02d_speed.ipynb #02d00004
 import gc, json, subprocess, sys, tempfile, time
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +21,7 @@ import numpy as np, pandas as pd, torch
 from .data import data_hash, ensure_data, lesson_rows, load_split
 from .packing import plain
 from .lora import LoraConfig, add_lora, examples, token_budget
-from .profiling import matmul_parameters, matmul_rate, peak_memory
+from .profiling import peak_memory
 from .prompts import *
 from .scoring import out_of_memory
 from .training import *
@@ -32,6 +34,9 @@ SHAPES = { # published configurations
     'qwen2.5-1.5b': ('qwen2', dict(vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
                                    num_attention_heads=12,
                                    num_key_value_heads=2, tie_word_embeddings=True)),
+    'codellama-34b': ('llama', dict(vocab_size=32000, hidden_size=8192, intermediate_size=22016, num_hidden_layers=48,
+                                    num_attention_heads=64,
+                                    num_key_value_heads=8, tie_word_embeddings=False)),
     'smollm2-135m-shape': ('llama', dict(vocab_size=49152, hidden_size=576, intermediate_size=1536,
                                          num_hidden_layers=30, num_attention_heads=9,
                                          num_key_value_heads=3, tie_word_embeddings=True))}
@@ -41,13 +46,15 @@ class SpeedConfig(Config):
     "Parameters of this room."
     out: str = '_runs/demo'
     models: list[str] = ['smollm2-135m']
-    trainers: list[Literal['ours', 'padded', 'trl']] = ['ours', 'padded']
+    trainers: list[Literal['ours', 'without-liger', 'padded', 'trl']] = ['ours', 'padded']
     precision: PrecisionName = 'bf16'
     rows: int = Field(8, ge=1)
     batch: int = Field(4, ge=1)
     steps: int = Field(2, ge=1)
     micro_batch: int = Field(1, ge=1)
     processes: list[int] = Field([1], min_length=1)
+    shard: bool = False
+    recompute: bool = False
     pack_tokens: int = Field(0, ge=0)
     rank: int = Field(16, ge=1)
     learning_rate: float = Field(1e-4, gt=0, lt=1)
@@ -56,11 +63,14 @@ class SpeedConfig(Config):
 
 # %% ../nbs/02d_speed.ipynb #02d0000b
 def shaped(name:str, # a key of `SHAPES`
-           precision:str='bf16'):
+           precision:str='bf16',
+           empty:bool=False # in main memory, its weights yet to be drawn
+          ):
     "A model of that shape with random weights, quantized as a loaded one would be."
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
     kind, shape = SHAPES[name]
-    with torch.device(device_info()['device']):
+    with torch.device('cpu' if empty else device_info()['device']), no_init_weights() if empty else nullcontext():
         m = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, max_position_embeddings=4096, **shape),
                                              dtype=torch.float32 if precision == 'fp32' else torch.bfloat16)
     if precision in ('fp32', 'bf16'): return m.eval()
@@ -70,9 +80,16 @@ def shaped(name:str, # a key of `SHAPES`
 # %% ../nbs/02d_speed.ipynb #02d0000bx
 def model_of(name:str, cfg:SpeedConfig): # a PeftModel
     "The model, or its shape, with a fresh adapter."
-    seed_everything(cfg.seed)
-    m = shaped(name, cfg.precision) if name in SHAPES else load_model(name, cfg.precision)
-    return add_lora(m, LoraConfig(rank=cfg.rank, alpha=2*cfg.rank, precision=cfg.precision))
+    seed_everything(cfg.seed); spread = cfg.shard and world()[1] > 1
+    m = (shaped(name, cfg.precision, spread) if name in SHAPES else
+         load_model(name, cfg.precision, device='cpu' if spread else ''))
+    m = add_lora(m, LoraConfig(rank=cfg.rank, alpha=2*cfg.rank, precision=cfg.precision))
+    if spread:
+        shard(m)
+        for p in m.parameters() if name in SHAPES else ():
+            if not p.requires_grad: (p.to_local() if hasattr(p, 'to_local') else p).normal_(std=.02)
+        seed_everything(cfg.seed)
+    return m
 
 # %% ../nbs/02d_speed.ipynb #02d0000by
 def speed_rows(cfg:SpeedConfig, vocabulary:int) -> list[dict]: # examples, in the order in which they are trained
@@ -84,14 +101,17 @@ def speed_rows(cfg:SpeedConfig, vocabulary:int) -> list[dict]: # examples, in th
     return [{k: fold(made[i % len(made)][k]) for k in ('input_ids', 'labels')} for i in range(need)]
 
 # %% ../nbs/02d_speed.ipynb #02d0000d
-def train_ours(model, data:list[dict], cfg:SpeedConfig) -> list[dict]: # for each step tokens, seconds since the start, loss, grad_norm
-    "The loop of `02c_training`."
+def train_ours(model, data:list[dict], cfg:SpeedConfig, liger:bool=True
+              ) -> list[dict]: # for each step tokens, seconds since the start, loss, grad_norm
+    "The loop of `02c_training`, with Liger's kernels where they are installed, or without."
     with tempfile.TemporaryDirectory() as box:
         t = Training(model, data, [], Told(batch=cfg.batch, learning_rate=cfg.learning_rate,
-                                           pack_tokens=cfg.pack_tokens, warmup=0., liger=True), box)
+                                           pack_tokens=cfg.pack_tokens, warmup=0., liger=liger,
+                                           recompute=cfg.recompute or None), box)
         t.batches = [list(range(i, i+cfg.batch)) for i in range(0, len(data), cfg.batch)]
         t.run()
-    return [l | dict(pack_tokens=t.size, graphs=len(t.graphs), liger=t.liger) for l in t.at.log]
+    return [l | dict(pack_tokens=t.size, graphs=len(t.graphs), liger=t.liger, recomputed=t.recomputed,
+                 sharded=t.sharded) for l in t.at.log]
 
 # %% ../nbs/02d_speed.ipynb #02d0000dx
 def _watched(trainer, tokens:list[int]) -> list[dict]:
@@ -139,7 +159,7 @@ def train_trl(model, data:list[dict], cfg:SpeedConfig) -> list[dict]:
                              processing_class=load_tokenizer(EMBEDDED))
         return _watched(trainer, [len(r['input_ids']) for r in trainer.train_dataset])
 
-TRAINERS = dict(ours=train_ours, padded=train_padded, trl=train_trl)
+TRAINERS = {'ours': train_ours, 'without-liger': partial(train_ours, liger=False), 'padded': train_padded, 'trl': train_trl}
 
 # %% ../nbs/02d_speed.ipynb #02d00013
 def trained(name:str, trainer:str, cfg:SpeedConfig # a model or shape; a key of `TRAINERS`
@@ -187,13 +207,15 @@ def measure_speed(name:str, trainer:str, cfg:SpeedConfig, rate:float, # a model 
            'before the second step': metric(made['ready'], 's'),
            'loss': metric(float(np.average([l['loss'] for l in log], weights=weights)), 'nats/token'),
            'gradient norm': metric(log[-1]['grad_norm'], ''), 'tokens': metric(int(weights.sum()), 'tokens')}
-    return out, {k: log[-1][k] for k in ('pack_tokens', 'graphs', 'liger') if k in log[-1]} | dict(processes=processes)
+    return out, {k: log[-1][k] for k in ('pack_tokens', 'graphs', 'liger', 'recomputed',
+                                                             'sharded') if k in log[-1]} | dict(processes=processes)
 
 # %% ../nbs/02d_speed.ipynb #02d00013x
 def trainer_name(record:dict) -> str:
     "The trainer, and on how many devices if there were several."
     w = record['what']
-    return w['trainer'] + (f", {w['processes']} devices" if w.get('processes', 1) > 1 else '')
+    return w['trainer'] + (f", {w['processes']} devices" if w.get('processes', 1) > 1 else '') \
+        + ', sharded'*w.get('sharded', False) + ', recomputed'*w.get('recomputed', False)
 
 def speed_table(records:list[dict]) -> pd.DataFrame:
     "A line for each model and trainer, with the speed as a multiple of the slowest."
@@ -216,3 +238,17 @@ def plot_speed(records:list[dict], ax=None):
         ax.text(v, y, f' {v:,.0f} ({s:.0%})', va='center', fontsize=8)
     ax.set(xscale='log', xlabel='tokens per second (share of the matrix rate)'); ax.margins(x=.2)
     return ax
+
+# %% ../nbs/02d_speed.ipynb #02d00013q
+def liger_pays(records:list[dict]) -> pd.DataFrame: # a line for each model that was trained with and without
+    "After how many tokens Liger's kernels have paid for their compilation; infinity where they never do."
+    t, out = speed_table(records).set_index(['model', 'trainer']), []
+    for name in t.index.unique('model'):
+        if not {(name, 'ours'), (name, 'without-liger')} <= set(t.index): continue
+        a, b = (t.loc[(name, k)] for k in ('ours', 'without-liger'))
+        later, faster = a['before the second step']-b['before the second step'], 1/b['throughput']-1/a['throughput']
+        after = max(0., later)/faster if faster > 0 else float('inf')
+        n = a['share of matmul rate']*a['matmul rate']*1e12/a['throughput']/4
+        out.append({'model': name, 'tokens/s with': a['throughput'], 'without': b['throughput'], 'seconds later': later,
+                    'pays after tokens': after, 'parameters times tokens': after*n})
+    return pd.DataFrame(out)
