@@ -155,7 +155,7 @@ torch.distributed.destroy_process_group()
 def test_adapter_of_a_model_that_is_spread(tmp_path):
     "Trained by two processes that hold half a model each, its adapter fits the whole model and does what the log says."
     from yothalia.data import ensure_data, load_split
-    from yothalia.lora import condition_losses, loss_table
+    from yothalia.lora import condition_losses, loss_table, token_budget
     from yothalia.models import load_model, load_tokenizer
     ensure_data(tmp_path/'run')
     (tmp_path/'spread.py').write_text(SPREAD)
@@ -165,6 +165,6 @@ def test_adapter_of_a_model_that_is_spread(tmp_path):
     assert 'measure it with the other rooms' in got.stdout
     model, tok = load_model('smollm2-135m', 'fp32', tmp_path/'run/adapter'), load_tokenizer('smollm2-135m')
     rows = load_split(tmp_path/'run', 'valid').shuffle(seed=0).select(range(2))
-    losses = loss_table(condition_losses(model, rows, tok))
+    losses = loss_table(condition_losses(model, rows, tok, token_budget(load_split(tmp_path/'run', 'train').shuffle(seed=0).select(range(4)), tok)))
     said = [float(l.split('|')[2]) for l in (tmp_path/'run/adapter/README.md').read_text().splitlines() if l.startswith(('| base', '| with'))]
     assert abs(losses['prompt']['value']-said[0]) < 2e-3 and abs(losses['both']['value']-said[1]) < 2e-3 and said[1] < said[0]

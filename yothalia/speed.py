@@ -87,7 +87,7 @@ def model_of(name:str, cfg:SpeedConfig): # a PeftModel
     if spread:
         shard(m)
         for p in m.parameters() if name in SHAPES else ():
-            if not p.requires_grad: (p.to_local() if hasattr(p, 'to_local') else p).normal_(std=.02)
+            if not p.requires_grad and p.dim() > 1: (p.to_local() if hasattr(p, 'to_local') else p).normal_(std=.02)
         seed_everything(cfg.seed)
     return m
 

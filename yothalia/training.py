@@ -135,10 +135,15 @@ def pack_tokens(model, # a PeftModel
     if device.type != 'cuda': return 512
     ids = list(range(1000, 1256)); trial = pack_examples([dict(input_ids=ids, labels=ids)]*4).to(device)
     torch.cuda.reset_peak_memory_stats(device); before = torch.cuda.memory_allocated(device)
-    with packed(model): pack_nll(model, trial).sum().backward()
-    each = (torch.cuda.max_memory_allocated(device) - before)/1024
+    try:
+        with packed(model): pack_nll(model, trial).sum().backward()
+        each = (torch.cuda.max_memory_allocated(device) - before)/1024
+    except Exception as e:
+        if not out_of_memory(e): raise
+        each = math.inf
     model.zero_grad(set_to_none=False); torch.cuda.empty_cache()
-    return int(min(most, max(.8*torch.cuda.mem_get_info(device)[0]/each, 1024)))
+    fit = int(.8*torch.cuda.mem_get_info(device)[0]/each)
+    return min(most, max(fit, 1024*(fit > 0)))
 
 # %% ../nbs/02c_training.ipynb #02c0000e3
 @patch
@@ -161,7 +166,7 @@ def choose_size(self:Training):
         return int(n)
     self.size = measured()
     if self.device.type == 'cuda' and self.size < max(self.lengths) and self.told.recompute is None:
-        self.recompute(); self.size = measured()
+        self.recompute(); self.size = measured() or 1024
 
 # %% ../nbs/02c_training.ipynb #02c0000e4
 @patch
