@@ -46,7 +46,7 @@ class LoraConfig(Config):
     dropout: float = Field(0.0, ge=0, lt=1)
     max_tokens: int = Field(0, ge=0)
     template: str = 'auto'
-    persona_share: float = Field(0.3, ge=0, le=1)
+    persona_share: float = Field(0.7, ge=0, le=1)
     evals: int = Field(2, ge=1)
     merged: bool = False
     replies: int = Field(2, ge=0)

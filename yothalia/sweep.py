@@ -45,7 +45,7 @@ class SweepConfig(Config):
     learning_rate: float = Field(1e-3, gt=0, lt=1)
     rank: int = Field(16, ge=1, le=1024)
     max_tokens: int = Field(0, ge=0)
-    persona_share: float = Field(0.3, ge=0, le=1)
+    persona_share: float = Field(0.7, ge=0, le=1)
     questions: int = Field(2, ge=0)
     options: int = Field(5, ge=3, le=10)
     loss_rows: int = Field(2, ge=0)
@@ -164,10 +164,13 @@ def sweep_table(records:list[dict], told:bool=True) -> pd.DataFrame: # one line 
     return pd.DataFrame(rows).fillna('')
 
 # %% ../nbs/04i_sweep.ipynb #04900016
-def gain_by_language(records:list[dict], measure:str='loss', told:bool=True) -> pd.DataFrame: # language, difference, low, high, n
-    "What the default's adapter changes in each language, paired with the same model without it."
-    none, default = (next(r for r in records if r['what']['factor'] == f) for f in ('none', ''))
-    a, b = (values_of(r, measure, told) for r in (none, default))
+def gain_by_language(records:list[dict], measure:str='loss', told:bool=True,
+                     point:tuple=('', '') # factor and value; the default
+                    ) -> pd.DataFrame: # language, difference, low, high, n
+    "What an adapter changes in each language, paired with the same model without it."
+    none, other = (next(r for r in records if (r['what']['factor'], r['what']['value']) == p)
+                   for p in (('none', ''), point))
+    a, b = (values_of(r, measure, told) for r in (none, other))
     lang, out = a['cluster'].map(none['what']['languages']), []
     for l in sorted(lang.dropna().unique()):
         at_l = a.index[lang == l]

@@ -63,14 +63,16 @@ def shard(model # a PeftModel with bf16 or fp32 weights, in main memory
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     inner, kind = plain(model).base_model, device_info()['device']
-    spread = {p for l in blocks(model) for p in l.parameters() if not p.requires_grad}
-    if any(not p.is_floating_point() for p in spread):
+    # numbers, not parameters: what is kept here would stay whole on the device
+    spread = {id(p) for l in blocks(model) for p in l.parameters() if not p.requires_grad}
+    whole = {p for p in model.parameters() if id(p) not in spread}
+    if any(not p.is_floating_point() for p in model.parameters()):
         raise TrainError('Quantized weights cannot be spread over processes: they are small, so leave them whole, or choose bf16.')
-    told = dict(mesh=init_device_mesh(kind, (world()[1],)), ignored_params=set(model.parameters()) - spread)
+    told = dict(mesh=init_device_mesh(kind, (world()[1],)), ignored_params=whole)
     for l in blocks(model): fully_shard(l, **told)
     fully_shard(inner, **told)
     here = torch.device(kind, torch.cuda.current_device()) if kind == 'cuda' else torch.device(kind)
-    for t in (*told['ignored_params'], *model.buffers()): t.data = t.data.to(here)
+    for t in (*whole, *model.buffers()): t.data = t.data.to(here)
 
 def sharded(model) -> bool:
     "Whether its layers are spread over processes."
