@@ -6,7 +6,7 @@
 __all__ = ['STEPS', 'JOBS', 'MIN_DISK', 'SAID', 'ABOUT', 'app', 'room', 'RunError', 'Interrupted', 'notebook_parameters', 'plan',
            'known_steps', 'look_first', 'check_values', 'step_keys', 'done_mark', 'is_done', 'without_lessons',
            'run_notebook', 'run_all', 'findings', 'show_frame', 'summary_figure', 'show_results', 'run', 'check',
-           'results', 'one_sentence', 'export_config', 'export', 'verify', 'push']
+           'results', 'one_sentence', 'export_config', 'export', 'verify', 'push', 'card']
 
 # %% ../nbs/06_cluster.ipynb #64c1528f
 import ast, json, os, re, shutil, tempfile, threading, time
@@ -604,3 +604,23 @@ def push(folder: Annotated[str, typer.Argument(help='an export or an adapter')],
         files, _ = push_plan(folder)
         if len(files): show_frame(files, tidy(rooted(folder)), console)
         console.print(upload(folder, repo, really, not public), markup=False, highlight=False, soft_wrap=True)
+
+# %% ../nbs/06_cluster.ipynb #06e00006
+@app.command()
+def card(file: Annotated[str, typer.Argument(help='a card to look at; without one, a card is made for a character of a run')] = '',
+         name: Annotated[str, typer.Option(help='a run in _runs')] = 'default',
+         character: Annotated[str, typer.Option(help='of the run; else the one with the most rows')] = '',
+         picture: Annotated[str, typer.Option(help='a PNG for it; else a plain one')] = '',
+         to: Annotated[str, typer.Option(help='where it is written: .json, .png or .charx; else into the folder of the run')] = '',
+         user: Annotated[str, typer.Option(help='whom the character talks to, when its prompt is shown')] = 'User'):
+    "Make a character card with the measured results in its notes, or show one and write it in another form."
+    console = Console(force_jupyter=False)
+    with one_sentence(console):
+        from yothalia.cards import card_of_run, file_name, read_card
+        if not file and not (rooted('_runs')/name/'data').is_dir():
+            raise RunError(f'There is no run {name!r}: `yothalia run --name {name}` first, name another by --name, or name a card to look at.')
+        made = read_card(file) if file else card_of_run(rooted('_runs')/name, character, picture)
+        for line in made.summary(user): console.print(line, markup=False, highlight=False)
+        if to or not file:
+            place = made.save(to or rooted('_runs')/name/'cards'/f'{file_name(made)}.png')
+            console.print(f'card        {tidy(place)}', markup=False, highlight=False, soft_wrap=True)

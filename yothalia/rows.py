@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FIELDS', 'MAX_FIELD', 'MAX_BYTES', 'SUFFIXES', 'SPELLINGS', 'MAX_TURNS', 'PAUSE', 'RowsConfig', 'DataError', 'Reject',
-           'unfit_text', 'bad', 'read_bytes', 'decoded', 'read_items', 'is_alpaca', 'merged', 'exchanges', 'expand',
-           'check_columns', 'renamed', 'Chats', 'script_chats', 'tavern_chats', 'by_pauses', 'telegram_chats',
-           'whatsapp_chats', 'text_chats', 'cast', 'chat_rows', 'persona_text', 'to_rows', 'some_left', 'only',
-           'read_rows']
+           'unfit_text', 'bad', 'read_bytes', 'decoded', 'looks_like_card', 'read_items', 'is_alpaca', 'merged',
+           'exchanges', 'expand', 'check_columns', 'renamed', 'Chats', 'script_chats', 'tavern_chats', 'by_pauses',
+           'telegram_chats', 'whatsapp_chats', 'text_chats', 'cast', 'chat_rows', 'persona_text', 'to_rows',
+           'some_left', 'only', 'read_rows']
 
 # %% ../nbs/00b_rows.ipynb #597cf3e6
 import csv, gzip, io, json, re, string, sys, unicodedata, zipfile, zlib
@@ -66,7 +66,7 @@ def bad(row:dict # a row before cleaning
 
 # %% ../nbs/00b_rows.ipynb #31c905fd
 MAX_BYTES = 2**29  # of a file, unpacked
-SUFFIXES = ('.csv', '.tsv', '.json', '.jsonl', '.ndjson', '.parquet', '.txt', '.log', '.md')
+SUFFIXES = ('.csv', '.tsv', '.json', '.jsonl', '.ndjson', '.parquet', '.txt', '.log', '.md', '.png', '.charx')
 
 def _too_large(name:str): raise DataError(f'{name} holds more than {MAX_BYTES/2**20:.0f} MB: take a part of it, for example its first 100,000 rows.')
 
@@ -175,6 +175,19 @@ def _parquet_items(name:str, b:bytes):
     try: yield from enumerate(map(_object, pq.read_table(pa.BufferReader(b)).to_pylist()), 1)
     except (OSError, ValueError) as e: raise DataError(f'{name} is not Parquet: {e}') from None
 
+def looks_like_card(b:bytes) -> bool:
+    "Whether JSON is one character card rather than rows."
+    return b.lstrip(b'\xef\xbb\xbf \t\r\n')[:1] == b'{' and bool(
+        re.search(rb'"(spec"\s*:\s*"chara_card_v|first_mes"|char_persona")', b[:2**20]))
+
+def _card_items(name:str, b:bytes):
+    "Yield (number, dict) for each example dialogue of a character card."
+    from yothalia.cards import CardError, card_from
+    try: items = card_from(b, name).items()
+    except CardError as e: raise DataError(str(e)) from None
+    if not items: raise DataError(f'{name} is a card without example dialogues (mes_example): there is nothing to learn from.')
+    yield from enumerate(items, 1)
+
 def read_items(name:str, b:bytes, # a file's name and content
                encoding:str='utf-8'):
     "Yield (line, item) for all that a file of any known format holds."
@@ -182,6 +195,7 @@ def read_items(name:str, b:bytes, # a file's name and content
     if suffix not in SUFFIXES:
         raise DataError(f'{name} ends in {suffix!r}: known are {", ".join(SUFFIXES)}, and any of them as .gz or .zip.')
     if suffix == '.parquet': yield from _parquet_items(name, b); return
+    if suffix in ('.png', '.charx') or (suffix == '.json' and looks_like_card(b)): yield from _card_items(name, b); return
     text = decoded(name, b, encoding)
     if suffix in ('.csv', '.tsv'): yield from _csv_items(name, text)
     elif suffix == '.json': yield from _json_items(name, text)

@@ -159,7 +159,8 @@ def train_trl(model, data:list[dict], cfg:SpeedConfig) -> list[dict]:
                              processing_class=load_tokenizer(EMBEDDED))
         return _watched(trainer, [len(r['input_ids']) for r in trainer.train_dataset])
 
-TRAINERS = {'ours': train_ours, 'without-liger': partial(train_ours, liger=False), 'padded': train_padded, 'trl': train_trl}
+TRAINERS = {'ours': train_ours, 'without-liger': partial(train_ours, liger=False), 'padded': train_padded,
+            'trl': train_trl}
 
 # %% ../nbs/02d_speed.ipynb #02d00013
 def trained(name:str, trainer:str, cfg:SpeedConfig # a model or shape; a key of `TRAINERS`
@@ -242,13 +243,14 @@ def plot_speed(records:list[dict], ax=None):
 # %% ../nbs/02d_speed.ipynb #02d00013q
 def liger_pays(records:list[dict]) -> pd.DataFrame: # a line for each model that was trained with and without
     "After how many tokens Liger's kernels have paid for their compilation; infinity where they never do."
-    t, out = speed_table(records).set_index(['model', 'trainer']), []
-    for name in t.index.unique('model'):
-        if not {(name, 'ours'), (name, 'without-liger')} <= set(t.index): continue
-        a, b = (t.loc[(name, k)] for k in ('ours', 'without-liger'))
+    out = []
+    for (name, precision), t in speed_table(records).groupby(['model', 'precision'], sort=False):
+        if not {'ours', 'without-liger'} <= set(t.trainer): continue
+        a, b = (t.set_index('trainer').loc[k] for k in ('ours', 'without-liger'))
         later, faster = a['before the second step']-b['before the second step'], 1/b['throughput']-1/a['throughput']
         after = max(0., later)/faster if faster > 0 else float('inf')
         n = a['share of matmul rate']*a['matmul rate']*1e12/a['throughput']/4
-        out.append({'model': name, 'tokens/s with': a['throughput'], 'without': b['throughput'], 'seconds later': later,
+        out.append({'model': name, 'precision': precision, 'tokens/s with': a['throughput'], 'without': b['throughput'],
+                    'seconds later': later,
                     'pays after tokens': after, 'parameters times tokens': after*n})
     return pd.DataFrame(out)

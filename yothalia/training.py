@@ -91,7 +91,8 @@ class Told:
     evals: int = 2             # how often the held-out loss is measured and a checkpoint saved
     pack_tokens: int = 0       # tokens of a pack; 0 for what suits the device
     liger: bool|None = None    # use Liger's kernels where they are installed; None where it pays
-    recompute: bool|None = None  # layers on the way back instead of keeping what they computed; None where memory is short
+    # layers on the way back instead of keeping what they computed; None where memory is short
+    recompute: bool|None = None
     save_minutes: float = 15.  # time between checkpoints, at most
     seed: int = 0
 
