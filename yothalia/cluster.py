@@ -6,7 +6,7 @@
 __all__ = ['STEPS', 'JOBS', 'MIN_DISK', 'SAID', 'ABOUT', 'app', 'room', 'RunError', 'Interrupted', 'notebook_parameters', 'plan',
            'known_steps', 'look_first', 'check_values', 'step_keys', 'done_mark', 'is_done', 'without_lessons',
            'run_notebook', 'run_all', 'findings', 'show_frame', 'summary_figure', 'show_results', 'run', 'check',
-           'results', 'one_sentence', 'export_config', 'export', 'verify', 'push', 'card']
+           'results', 'one_sentence', 'export_config', 'export', 'verify', 'push', 'card', 'chat']
 
 # %% ../nbs/06_cluster.ipynb #64c1528f
 import ast, json, os, re, shutil, tempfile, threading, time
@@ -624,3 +624,29 @@ def card(file: Annotated[str, typer.Argument(help='a card to look at; without on
         if to or not file:
             place = made.save(to or rooted('_runs')/name/'cards'/f'{file_name(made)}.png')
             console.print(f'card        {tidy(place)}', markup=False, highlight=False, soft_wrap=True)
+
+# %% ../nbs/06_cluster.ipynb #06e00007
+@app.command()
+def chat(where: Annotated[str, typer.Argument(help='a run, a card, or an adapter')] = 'default',
+         character: Annotated[str, typer.Option(help='of the run; else the one with the most rows')] = '',
+         user: Annotated[str, typer.Option(help='what the character calls you')] = 'User',
+         model: Annotated[str, typer.Option(help='else the one that was trained, or the default')] = '',
+         precision: Annotated[str, typer.Option(help='fp32, bf16, int8, nf4, …; else as it was trained')] = '',
+         adapter: Annotated[str, typer.Option(help="a folder, or empty for none; else the run's own")] = 'auto',
+         template: Annotated[str, typer.Option(help='how the persona is told')] = 'auto',
+         preset: Annotated[str, typer.Option(help='greedy, calm, lively or wild')] = 'lively',
+         new_tokens: Annotated[int, typer.Option(help='of a reply, at most')] = 256,
+         log: Annotated[str, typer.Option(help='a saved talk to go on with')] = ''):
+    "Talk to a character in the terminal."
+    console = Console(force_jupyter=False)
+    with one_sentence(console):
+        from yothalia.chat import opened, talk
+        from yothalia.models import quiet
+        with quiet(): s, place = opened(where, character, user, model, precision, template, preset, new_tokens, adapter)
+        if log: s.load(log); place = rooted(log)
+        console.print(f'{s.who.name}. /help lists what can be done, Ctrl-D ends.', style='dim')
+        try: import readline  # history and editing, where there is a terminal that can
+        except ImportError: pass
+        talk(s, lambda: input(f'{user}: '), lambda t: console.print(t, markup=False, highlight=False),
+             lambda t: (console.file.write(t), console.file.flush()), place)
+        if s.turns: console.print(f'\nSaved as {tidy(place)}: yothalia chat {where} --log {tidy(place)} goes on.', markup=False, style='dim', soft_wrap=True)
