@@ -168,3 +168,13 @@ def test_adapter_of_a_model_that_is_spread(tmp_path):
     losses = loss_table(condition_losses(model, rows, tok, token_budget(load_split(tmp_path/'run', 'train').shuffle(seed=0).select(range(4)), tok)))
     said = [float(l.split('|')[2]) for l in (tmp_path/'run/adapter/README.md').read_text().splitlines() if l.startswith(('| base', '| with'))]
     assert abs(losses['prompt']['value']-said[0]) < 2e-3 and abs(losses['both']['value']-said[1]) < 2e-3 and said[1] < said[0]
+
+
+def test_harm_is_not_taken_back(tmp_path):
+    "A training after which the held-out examples are less likely keeps its best trained weights, and it is said."
+    from yothalia.lora import harm
+    t = tiny(tmp_path/'harm', epochs=40., evals=2, learning_rate=5e-2); t.run()
+    seen = [l['eval_loss'] for l in t.at.log if 'eval_loss' in l]
+    assert min(seen[1:]) > seen[0] and t.at.best[1] > 0 and not torch.equal(t.best, torch.zeros_like(t.best))
+    assert any(p.abs().max() > 0 for n, p in t.model.named_parameters() if 'lora_B' in n)
+    assert 'did harm' in harm(t.at.log)[0]

@@ -79,7 +79,8 @@ def next_token(logits:torch.Tensor, # (vocabulary,)
     logits = logits.float()
     if s.guard and 0 < len(no := said_again(said, s.guard)) < len(logits): logits[list(no)] = float('-inf')
     if s.temperature <= 0: return int(logits.argmax())
-    p, order = (logits/s.temperature).softmax(-1).sort(descending=True)
+    p, order = (logits/s.temperature).softmax(-1).topk(min(1024, len(logits)))
+    if p.sum() < s.top_p and p[-1] >= s.min_p*p[0]: p, order = (logits/s.temperature).softmax(-1).sort(descending=True)
     keep = p.cumsum(-1) - p < s.top_p  # the first is always kept
     if s.top_k: keep[s.top_k:] = False
     if s.min_p: keep &= p >= s.min_p*p[0]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MIN_REPLY', 'CARD', 'LoraConfig', 'example', 'target_runs', 'check_labels', 'token_budget', 'examples', 'remarks',
-           'check_apart', 'loss_metric', 'reply_loss', 'add_lora', 'moved', 'training_key', 'rows_of', 'fit',
+           'harm', 'check_apart', 'loss_metric', 'reply_loss', 'add_lora', 'moved', 'training_key', 'rows_of', 'fit',
            'before_it_starts', 'told', 'finished', 'plot_curve', 'save_adapter', 'save_spread', 'kept_adapter',
            'condition_losses', 'loss_table', 'gains', 'before_after', 'merge', 'training_speed', 'plot_gains']
 
@@ -129,6 +129,13 @@ def remarks(counts:dict # of `fit`: train, budget
         out.append(f"{c['dropped']} rows are left out, their prompts leave no room for a reply within {counts['budget']} tokens: raise max_tokens")
     return out
 
+def harm(log:list[dict] # of a training
+        ) -> list[str]: # a sentence, or none
+    "What to say of a training after which the held-out rows are less likely than before."
+    seen = [l['eval_loss'] for l in log if 'eval_loss' in l]
+    if len(seen) < 2 or min(seen[1:]) < seen[0]: return []
+    return [f'The held-out loss rose from {seen[0]:.2f} to {min(seen[1:]):.2f}, the training did harm: lower learning_rate or epochs, or bring more rows.\n']
+
 def check_apart(train:list[dict], test) -> None: # rows
     "A `DataError` if a row is trained that will be asked about."
     asked = {(r['user'], r['reply']) for r in test}
@@ -205,6 +212,7 @@ def fit(cfg:LoraConfig, # checked parameters
     counts['steps'] = dict(taken_up=taken_up, done=training.at.step, pack_tokens=training.size,
                            graphs=len(training.graphs), liger=training.liger, recomputed=training.recomputed)
     model.config.use_cache = True
+    if not given and not training.rank: print(*harm(training.at.log), end='')
     return model.eval(), training.at.log, counts
 
 # %% ../nbs/02_lora.ipynb #42b96acc1

@@ -332,7 +332,7 @@ def evaluate(self:Training):
     if self.processes > 1: torch.distributed.all_reduce(both)
     loss = float(both[0]/both[1])
     self.at.log.append(dict(step=self.at.step, eval_loss=loss))
-    if loss < self.at.best[0]: self.at.best = (loss, self.at.step); self.best.copy_(self.flat.master)
+    if self.at.step and loss < self.at.best[0]: self.at.best = (loss, self.at.step); self.best.copy_(self.flat.master)
     first = next(l['eval_loss'] for l in self.at.log if 'eval_loss' in l)
     if not math.isfinite(loss): self.give_up(f'eval_loss is {loss}')
     if loss > first + 1: self.give_up(f'the held-out loss has risen from {first:.2f} to {loss:.2f}')
