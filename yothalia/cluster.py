@@ -6,7 +6,7 @@
 __all__ = ['STEPS', 'JOBS', 'MIN_DISK', 'SAID', 'ABOUT', 'app', 'room', 'RunError', 'Interrupted', 'notebook_parameters', 'plan',
            'known_steps', 'look_first', 'check_values', 'step_keys', 'done_mark', 'is_done', 'without_lessons',
            'run_notebook', 'run_all', 'findings', 'show_frame', 'summary_figure', 'show_results', 'run', 'check',
-           'results', 'one_sentence', 'export_config', 'export', 'verify', 'push', 'card', 'chat']
+           'results', 'one_sentence', 'export_config', 'export', 'verify', 'push', 'card', 'chat', 'serve']
 
 # %% ../nbs/06_cluster.ipynb #64c1528f
 import ast, json, os, re, shutil, tempfile, threading, time
@@ -607,7 +607,8 @@ def push(folder: Annotated[str, typer.Argument(help='an export or an adapter')],
 
 # %% ../nbs/06_cluster.ipynb #06e00006
 @app.command()
-def card(file: Annotated[str, typer.Argument(help='a card to look at; without one, a card is made for a character of a run')] = '',
+def card(file: Annotated[str,
+                         typer.Argument(help='a card to look at; without one, a card is made for a character of a run')] = '',
          name: Annotated[str, typer.Option(help='a run in _runs')] = 'default',
          character: Annotated[str, typer.Option(help='of the run; else the one with the most rows')] = '',
          picture: Annotated[str, typer.Option(help='a PNG for it; else a plain one')] = '',
@@ -649,4 +650,40 @@ def chat(where: Annotated[str, typer.Argument(help='a run, a card, or an adapter
         except ImportError: pass
         talk(s, lambda: input(f'{user}: '), lambda t: console.print(t, markup=False, highlight=False),
              lambda t: (console.file.write(t), console.file.flush()), place)
-        if s.turns: console.print(f'\nSaved as {tidy(place)}: yothalia chat {where} --log {tidy(place)} goes on.', markup=False, style='dim', soft_wrap=True)
+        if s.turns: console.print(f'\nSaved as {tidy(place)}: yothalia chat {where} --log {tidy(place)} goes on.',
+                                  markup=False, style='dim', soft_wrap=True)
+
+# %% ../nbs/06_cluster.ipynb #06e00008
+@app.command()
+def serve(name: Annotated[str, typer.Argument(help='a run in _runs')] = 'default',
+          card: Annotated[list[str], typer.Option(help='a character card; several by several --card')] = [],
+          host: Annotated[str, typer.Option(help='where it listens; another than this machine needs YOTHALIA_KEY')] = '127.0.0.1',
+          port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
+          model: Annotated[str, typer.Option(help='else the one that was trained, or the default')] = '',
+          precision: Annotated[str, typer.Option(help='fp32, bf16, int8, nf4, …; else as it was trained')] = '',
+          adapter: Annotated[str, typer.Option(help="a folder, or empty for none; else the run's own")] = 'auto',
+          user: Annotated[str, typer.Option(help='what the characters call those who talk to them')] = 'User',
+          places: Annotated[int, typer.Option(min=1, max=256, help='who can be answered at once')] = 16,
+          waiting: Annotated[int, typer.Option(min=1, help='who may wait')] = 64,
+          room: Annotated[int, typer.Option(min=128, help='tokens of a prompt and its reply')] = 2048,
+          new_tokens: Annotated[int, typer.Option(min=1, help='of a reply, unless told otherwise')] = 256):
+    "Serve the characters of a run and of cards to every program that speaks OpenAI's API."
+    console, key = Console(force_jupyter=False), os.environ.get('YOTHALIA_KEY', '')
+    with one_sentence(console):
+        if host not in ('127.0.0.1', 'localhost', '::1') and not key:
+            raise RunError(f'{host} can be reached by others: set YOTHALIA_KEY in the environment to a long secret, or leave --host out.')
+        folder = rooted('_runs')/name
+        if not card and not (folder/'data').is_dir():
+            raise RunError(f'There is no run {name!r}: `yothalia run --name {name}` first, or serve a character by --card.')
+        from yothalia.serve import ServeConfig, serve_forever, stage_of
+        from yothalia.models import quiet
+        told = (next(iter(load_records(folder/'records', step='lora')), None) or {}).get('run', {}).get('params', {})
+        more = dict(model=model or told.get('model'), precision=precision or told.get('precision'),
+                    template=told.get('template'))
+        with quiet():
+            stage = stage_of(configure(ServeConfig, {k: v for k, v in more.items() if v}
+                                       | dict(out=tidy(folder), cards=card, adapter=adapter,
+                user=user, places=places, waiting=waiting, room=room, new_tokens=new_tokens)))
+        console.print(f'{", ".join(stage.who)} at http://{host}:{port}/v1', markup=False, highlight=False,
+                      soft_wrap=True)
+        serve_forever(stage, host, port, key)

@@ -121,6 +121,7 @@ class Request:
         except queue.Empty: raise TimeoutError('nothing was said for too long') from None
         finally: self.cancelled.set()
 
+# %% ../nbs/07c_engine.ipynb #07c00010x
 @patch
 def hear(self:Request, token:int, tok, ends:set[int]) -> bool: # whether it goes on
     "Take a token, and hand out what is certain."
@@ -134,6 +135,7 @@ def hear(self:Request, token:int, tok, ends:set[int]) -> bool: # whether it goes
     if sure > self.sent: self.out.put(self.text[self.sent:sure]); self.sent = sure
     return self.end('limit') if len(self.said) >= self.sampling.max_tokens else True
 
+# %% ../nbs/07c_engine.ipynb #07c00010y
 @patch
 def end(self:Request, why:str) -> bool: # False
     "No more will be said."
@@ -183,6 +185,7 @@ def seat(self:Engine, r:Request):
     if r.hear(next_token(logits.clone(), r.said, r.sampling, r.draw), self.tok, self.ends):
         table.add(cache, len(r.prompt)); seated.append(r)
 
+# %% ../nbs/07c_engine.ipynb #07c00013x
 @patch
 def step(self:Engine, on:bool):
     "A token for everybody who speaks with the adapter, or without."
@@ -196,6 +199,7 @@ def step(self:Engine, on:bool):
         if not r.hear(next_token(logits[place].clone(), r.said, r.sampling, r.draw), self.tok, self.ends):
             self.leave(on, place)
 
+# %% ../nbs/07c_engine.ipynb #07c00013y
 @patch
 def leave(self:Engine, on:bool, place:int):
     "Give a place up."

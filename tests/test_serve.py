@@ -1,0 +1,116 @@
+"""The server as a process of its own, and OpenAI's own client against it: right calls, wrong calls, many at once, and who goes away."""
+import json, os, re, signal, socket, subprocess, sys, threading, time, urllib.request
+from pathlib import Path
+
+import pytest
+
+openai = pytest.importorskip('openai')
+from yothalia.cards import make_card
+from yothalia.data import sample_rows
+
+ROOT = Path(__file__).parent.parent
+CHARACTERS = ('queen-of-hearts', 'brasswick', 'don-quixote', 'baba-yaga')
+WHO = ('queen-of-hearts', 'brasswick', 'don-quixote-of-la-mancha', 'baba-yaga')  # as their cards call them
+ENV = {**os.environ, 'PYTHONPATH': str(ROOT), 'PYTHONWARNINGS': 'ignore', 'YOTHALIA_PROGRESS': 'off', 'COLUMNS': '300'}
+COMMAND = [sys.executable, '-c', 'from yothalia.docs import app; app()', 'serve', 'no-run', '--precision', 'fp32', '--user', 'Alice']
+
+
+def free_port():
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); return s.getsockname()[1]
+
+
+@pytest.fixture(scope='module')
+def server(tmp_path_factory):
+    "Four characters by their cards, on a port of this machine, with a key."
+    box, port = tmp_path_factory.mktemp('cards'), free_port()
+    cards = [a for c in CHARACTERS for a in ('--card', str(make_card([r for r in sample_rows() if r['character'] == c]).save(box/f'{c}.png')))]
+    p = subprocess.Popen([*COMMAND, *cards, '--port', str(port), '--places', '8', '--waiting', '24', '--room', '1024'], env=ENV | dict(YOTHALIA_KEY='open sesame'),
+                         cwd=box, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for _ in range(600):
+        try: urllib.request.urlopen(f'http://127.0.0.1:{port}/health', timeout=1); break
+        except OSError:
+            assert p.poll() is None, p.stdout.read()
+            time.sleep(.1)
+    yield openai.OpenAI(base_url=f'http://127.0.0.1:{port}/v1', api_key='open sesame', max_retries=0), p, port
+    p.kill()
+
+
+def ask(client, text='Good morning!', model='queen-of-hearts', **kw):
+    return client.chat.completions.create(model=model, messages=[dict(role='user', content=text)], **dict(max_tokens=6, seed=1) | kw)
+
+
+def test_openais_client(server):
+    "Models, a reply, the same reply as a stream with its usage, stop and length."
+    client, _, _ = server
+    assert {m.id for m in client.models.list()} == set(WHO)
+    whole = ask(client); said = whole.choices[0].message.content
+    assert said and whole.usage.completion_tokens <= 6 and whole.choices[0].finish_reason in ('length', 'stop')
+    events = list(ask(client, stream=True, stream_options=dict(include_usage=True)))
+    assert ''.join(e.choices[0].delta.content or '' for e in events if e.choices).strip() == said
+    assert events[-1].usage == whole.usage and events[-2].choices[0].finish_reason == whole.choices[0].finish_reason
+    word = said.split()[-1]
+    assert word not in (ask(client, stop=[word]).choices[0].message.content or '')
+
+
+def test_wrong_calls(server):
+    "Each in OpenAI's form, so that its client raises what its users expect."
+    client, _, port = server
+    with pytest.raises(openai.NotFoundError, match='did you mean .brasswick'): ask(client, model='braswick')
+    with pytest.raises(openai.BadRequestError, match='temperature'): ask(client, temperature=1.9, top_p=1.) and ask(client, extra_body=dict(temperature='hot'))
+    with pytest.raises(openai.BadRequestError, match='n is not supported'): ask(client, n=3)
+    with pytest.raises(openai.BadRequestError, match='last message'): client.chat.completions.create(model='brasswick', messages=[dict(role='assistant', content='x')])
+    with pytest.raises(openai.BadRequestError, match='a place holds'): ask(client, 'word '*5000)
+    with pytest.raises(openai.APIStatusError, match='longer than'): ask(client, 'x'*2_000_000)
+    with pytest.raises(openai.AuthenticationError, match='key is wrong'): ask(openai.OpenAI(base_url=f'http://127.0.0.1:{port}/v1', api_key='guess', max_retries=0))
+    assert ask(client).choices[0].message.content  # and it still answers
+
+
+def test_sixteen_clients(server):
+    "Sixteen at once with four characters and histories of their own: each gets the reply that it gets alone."
+    client, _, _ = server
+    def history(k): return [dict(role='user', content=f'I am number {k}.'), dict(role='assistant', content='So what?'), dict(role='user', content='Which number am I?')]
+    def one(k): return client.chat.completions.create(model=WHO[k % 4], messages=history(k), max_tokens=6, temperature=.7, seed=k).choices[0].message.content
+    heard = {}
+    threads = [threading.Thread(target=lambda k=k: heard.update({k: one(k)})) for k in range(16)]
+    for t in threads: t.start()
+    for t in threads: t.join(240)
+    assert sorted(heard) == list(range(16)) and heard == {k: one(k) for k in range(16)}
+
+
+def number(port, what):
+    r = urllib.request.Request(f'http://127.0.0.1:{port}/metrics', headers={'Authorization': 'Bearer open sesame'})
+    return int(re.search(rf'^yothalia_{what} (\d+)$', urllib.request.urlopen(r, timeout=10).read().decode(), re.M)[1])
+
+
+def test_who_goes_away_frees_the_place(server):
+    "A stream that is closed after its first word: seconds later nobody is seated, and its tokens were not all computed."
+    _, _, port = server
+    before = number(port, 'tokens')
+    with openai.OpenAI(base_url=f'http://127.0.0.1:{port}/v1', api_key='open sesame', max_retries=0) as own:
+        stream = ask(own, 'Tell me everything.', max_tokens=700, stream=True)
+        for e in stream:
+            if e.choices and e.choices[0].delta.content: break
+        stream.close()
+    for _ in range(300):
+        if number(port, 'seated') == 0: break
+        time.sleep(.1)
+    assert number(port, 'seated') == 0 and number(port, 'tokens') - before < 700
+
+
+def test_stops_gently(server):
+    "Told to stop while it answers: the answer is finished, and the process ends."
+    client, p, _ = server
+    stream = ask(client, 'And now?', max_tokens=30, stream=True); first = next(iter(stream))
+    p.send_signal(signal.SIGTERM)
+    events = list(stream)
+    assert events[-1].choices[0].finish_reason in ('length', 'stop')
+    assert p.wait(60) is not None
+
+
+def test_others_need_a_key(tmp_path):
+    "It does not listen to other machines without a key, and says how to give one; a run that is not there is said, too."
+    env = {k: v for k, v in ENV.items() if k != 'YOTHALIA_KEY'}
+    got = subprocess.run([*COMMAND, '--host', '0.0.0.0'], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert got.returncode == 1 and 'YOTHALIA_KEY' in got.stdout
+    got = subprocess.run(COMMAND, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert got.returncode == 1 and "no run 'no-run'" in got.stdout and 'Traceback' not in got.stderr
