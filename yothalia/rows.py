@@ -175,6 +175,7 @@ def _parquet_items(name:str, b:bytes):
     try: yield from enumerate(map(_object, pq.read_table(pa.BufferReader(b)).to_pylist()), 1)
     except (OSError, ValueError) as e: raise DataError(f'{name} is not Parquet: {e}') from None
 
+# %% ../nbs/00b_rows.ipynb #07a00051
 def looks_like_card(b:bytes) -> bool:
     "Whether JSON is one character card rather than rows."
     return b.lstrip(b'\xef\xbb\xbf \t\r\n')[:1] == b'{' and bool(
@@ -188,6 +189,7 @@ def _card_items(name:str, b:bytes):
     if not items: raise DataError(f'{name} is a card without example dialogues (mes_example): there is nothing to learn from.')
     yield from enumerate(items, 1)
 
+# %% ../nbs/00b_rows.ipynb #07a00052
 def read_items(name:str, b:bytes, # a file's name and content
                encoding:str='utf-8'):
     "Yield (line, item) for all that a file of any known format holds."

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NOT_HERE', 'MAX_BODY', 'MAX_MESSAGES', 'REASONS', 'ServeConfig', 'Stage', 'slug', 'stage_of', 'Refused', 'number',
-           'sampling_of', 'messages_of', 'usage', 'answered', 'chunk', 'following', 'streamed', 'body_of', 'app_of',
-           'serve_forever']
+           'sampling_of', 'messages_of', 'usage', 'answered', 'chunk', 'following', 'streamed', 'body_of', 'guarded',
+           'app_of', 'serve_forever']
 
 # %% ../nbs/07d_serve.ipynb #07d00004
 import asyncio, contextlib, hmac, json, os, queue, re, time, uuid
@@ -214,57 +214,67 @@ async def body_of(request) -> dict:
     except (ValueError, RecursionError): raise Refused(400, 'The body is not JSON.') from None
 
 # %% ../nbs/07d_serve.ipynb #07d00016
+@patch
+async def models(self:Stage, request) -> JSONResponse:
+    "Whom one can talk to."
+    return JSONResponse(dict(object='list', data=[dict(id=n, object='model', created=self.born, owned_by='yothalia')
+                                                  for n in self.who]))
+
+@patch
+async def chat(self:Stage, request, seconds:float=300) -> JSONResponse|StreamingResponse:
+    "A reply, whole or as it is said."
+    body = await body_of(request); r, id, name = self.request_of(body), f'chatcmpl-{uuid.uuid4().hex[:24]}', body['model']
+    try: self.engine.ask(r)
+    except queue.Full:
+        raise Refused(429, 'Too many are waiting: try again in a moment.', kind='rate_limit_error',
+                      **{'Retry-After': '1'}) from None
+    except ValueError as e:
+        if 'stopped' in str(e): raise Refused(503, f'{e}.', kind='server_error') from None
+        raise Refused(400, f'{e}.', 'messages', 'context_length_exceeded') from None
+    if body.get('stream'):
+        count = bool((body.get('stream_options') or {}).get('include_usage'))
+        return StreamingResponse(streamed(r, name, id, seconds, count, request.is_disconnected),
+                                 media_type='text/event-stream')
+    async for _ in following(r, seconds, request.is_disconnected): pass
+    return JSONResponse(answered(r, name, id))
+
+# %% ../nbs/07d_serve.ipynb #07d0001d
+@patch
+def metrics(self:Stage, counts:dict # name → number
+           ) -> str:
+    "What a monitor reads ([Prometheus' text format](https://prometheus.io/docs/instrumenting/exposition_formats/))."
+    e = self.engine
+    told = {'counter': counts | dict(steps=e.steps, tokens=e.tokens),
+            'gauge': dict(seated=sum(len(s) for _, s in e.tables.values()), waiting=e.waiting.qsize())}
+    return ''.join(f'# TYPE yothalia_{k} {kind}\nyothalia_{k} {v}\n' for kind, of in told.items() for k, v in of.items())
+
+def guarded(answer, # an async function of a request
+            key:str, counts:dict): # the same behind a key, with errors in OpenAI's form
+    "Ask for the key, count, and turn a refusal into an answer."
+    async def behind(request):
+        counts['requests'] += 1
+        try:
+            given = request.headers.get('authorization', '').removeprefix('Bearer ').strip()
+            if key and not hmac.compare_digest(given.encode(), key.encode()):
+                raise Refused(401, 'The key is wrong or missing: send it as "Authorization: Bearer …".',
+                              code='invalid_api_key')
+            return await answer(request)
+        except Refused as e: counts['refused'] += 1; return JSONResponse(e.body, e.status, e.headers)
+    return behind
+
+# %% ../nbs/07d_serve.ipynb #07d0001e
 def app_of(stage:Stage, key:str='', seconds:float=300 # whom it answers; how long a reply may take
           ) -> Starlette:
     "The server as an application."
-    counts = dict(requests=0, refused=0, replies=0)
-    def guarded(f):
-        async def answer(request):
-            counts['requests'] += 1
-            try:
-                given = request.headers.get('authorization', '').removeprefix('Bearer ').strip()
-                if key and not hmac.compare_digest(given.encode(), key.encode()):
-                    raise Refused(401, 'The key is wrong or missing: send it as "Authorization: Bearer …".',
-                                  code='invalid_api_key')
-                return await f(request)
-            except Refused as e: counts['refused'] += 1; return JSONResponse(e.body, e.status, e.headers)
-        return answer
-
-    async def models(request):
-        return JSONResponse(dict(object='list',
-                                 data=[dict(id=n, object='model', created=stage.born, owned_by='yothalia')
-                                       for n in stage.who]))
-
-    async def chat(request):
-        body = await body_of(request); r, id = stage.request_of(body), f'chatcmpl-{uuid.uuid4().hex[:24]}'
-        try: stage.engine.ask(r)
-        except queue.Full: raise Refused(429, 'Too many are waiting: try again in a moment.', kind='rate_limit_error',
-                                         **{'Retry-After': '1'}) from None
-        except ValueError as e: raise Refused(503 if 'stopped' in str(e) else 400, f'{e}.', 'messages',
-                                              'context_length_exceeded') from None
-        counts['replies'] += 1; name = body['model']
-        if body.get('stream'):
-            count = bool((body.get('stream_options') or {}).get('include_usage'))
-            return StreamingResponse(streamed(r, name, id, seconds, count, request.is_disconnected),
-                                     media_type='text/event-stream')
-        async for _ in following(r, seconds, request.is_disconnected): pass
-        return JSONResponse(answered(r, name, id))
-
+    counts = dict(requests=0, refused=0)
+    async def chat(request): return await stage.chat(request, seconds)
     async def health(request): return JSONResponse(dict(status='ok' if stage.engine.thread.is_alive() else 'stopped'))
-
-    async def metrics(request):
-        e = stage.engine
-        gauges = dict(seated=sum(len(s) for _, s in e.tables.values()), waiting=e.waiting.qsize())
-        lines = [f'# TYPE yothalia_{k} counter\nyothalia_{k} {v}'
-                 for k, v in (counts | dict(steps=e.steps, tokens=e.tokens)).items()]
-        return PlainTextResponse('\n'.join(lines + [f'# TYPE yothalia_{k} gauge\nyothalia_{k} {v}'
-                                                    for k, v in gauges.items()]) + '\n')
-
+    async def metrics(request): return PlainTextResponse(stage.metrics(counts))
     @contextlib.asynccontextmanager
     async def life(app): yield; await asyncio.to_thread(stage.engine.stop, 30)
-    return Starlette(lifespan=life, routes=[Route('/v1/models', guarded(models)),
-                                            Route('/v1/chat/completions', guarded(chat), methods=['POST']),
-                                            Route('/health', health), Route('/metrics', guarded(metrics))])
+    behind = lambda path, f, *methods: Route(path, guarded(f, key, counts), methods=methods or ['GET'])
+    return Starlette(lifespan=life, routes=[behind('/v1/models', stage.models), behind('/v1/chat/completions', chat, 'POST'),
+                                            behind('/metrics', metrics), Route('/health', health)])
 
 # %% ../nbs/07d_serve.ipynb #07d0001c
 def serve_forever(stage:Stage, host:str='127.0.0.1', port:int=8000, key:str=''):
