@@ -13,13 +13,13 @@ ROOT = Path(__file__).parent.parent
 os.environ['YOTHALIA_PROGRESS'] = 'off'
 
 
-def tiny(folder, dropout=0., spread=False, **kw):
+def tiny(folder, dropout=0., spread=False, dtype=torch.float32, **kw):
     "A training of a small model that was never trained, on numbers; some ten milliseconds a step."
     seed_everything(0)
     made = random.Random(0)
     rows = [[made.randrange(200) for _ in range(made.randrange(20, 60))] for _ in range(44)]
     examples = [dict(input_ids=r, labels=[-100]*8 + r[8:]) for r in rows]
-    m = LlamaForCausalLM(LlamaConfig(vocab_size=200, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2))
+    m = LlamaForCausalLM(LlamaConfig(vocab_size=200, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)).to(dtype)
     m = get_peft_model(m, LoraConfig(task_type='CAUSAL_LM', target_modules='all-linear', r=4, lora_dropout=dropout), autocast_adapter_dtype=False)
     if spread: shard(m)
     return Training(m, examples[:40], examples[40:], Told(**dict(batch=8, epochs=30., evals=30, learning_rate=1e-3, pack_tokens=128) | kw), folder)
@@ -120,6 +120,23 @@ def test_recomputed(tmp_path, dropout):
     assert again.recomputed and not kept.recomputed
     assert torch.allclose(again.flat.live, kept.flat.live, atol=1e-6) and not again.model.training
     assert not any(getattr(m, 'gradient_checkpointing', False) for m in again.model.modules())
+
+
+@pytest.mark.parametrize('recompute', [None, True])
+def test_fp8(tmp_path, recompute):
+    "Products in eight bits learn as much, are measured without them, and are gone afterwards; what cannot be so is refused."
+    own = tiny(tmp_path/'own', dtype=torch.bfloat16); own.run()
+    low = tiny(tmp_path/'low', dtype=torch.bfloat16, fp8=True, recompute=recompute); low.run()
+    a, b = ([l['eval_loss'] for l in t.at.log if 'eval_loss' in l] for t in (own, low))
+    assert a[0] == b[0] and max(abs(x-y) for x, y in zip(a, b, strict=True)) < .02, (a, b)
+    x, y = ([l['loss'] for l in t.at.log if 'loss' in l] for t in (own, low))
+    assert x != y and y[-1] < y[0] - .05 and abs(x[-1]-y[-1]) < .03, (x[-1], y[-1])
+    ids = torch.arange(20)[None]; low.model(input_ids=ids, labels=ids).loss.backward()
+    back = [p.grad.clone() for p in low.model.parameters() if p.requires_grad]
+    low.fuse_layers(); assert low.fused  # with eight bits once more: other gradients
+    low.model.zero_grad(set_to_none=False); low.model(input_ids=ids, labels=ids).loss.backward()
+    assert any(not torch.equal(p.grad, g) for p, g in zip((p for p in low.model.parameters() if p.requires_grad), back))
+    with pytest.raises(TrainError, match='bf16'): tiny(tmp_path/'no', fp8=True)
 
 
 def test_memory_is_full(tmp_path):

@@ -46,7 +46,7 @@ class SpeedConfig(Config):
     "Parameters of this room."
     out: str = '_runs/demo'
     models: list[str] = ['smollm2-135m']
-    trainers: list[Literal['ours', 'without-liger', 'padded', 'trl']] = ['ours', 'padded']
+    trainers: list[Literal['ours', 'ours-fp8', 'without-liger', 'padded', 'trl']] = ['ours', 'padded']
     precision: PrecisionName = 'bf16'
     rows: int = Field(8, ge=1)
     batch: int = Field(4, ge=1)
@@ -101,12 +101,12 @@ def speed_rows(cfg:SpeedConfig, vocabulary:int) -> list[dict]: # examples, in th
     return [{k: fold(made[i % len(made)][k]) for k in ('input_ids', 'labels')} for i in range(need)]
 
 # %% ../nbs/02d_speed.ipynb #02d0000d
-def train_ours(model, data:list[dict], cfg:SpeedConfig, liger:bool=True
+def train_ours(model, data:list[dict], cfg:SpeedConfig, liger:bool=True, fp8:bool=False
               ) -> list[dict]: # for each step tokens, seconds since the start, loss, grad_norm
     "The loop of `02c_training`, with Liger's kernels where they are installed, or without."
     with tempfile.TemporaryDirectory() as box:
         t = Training(model, data, [], Told(batch=cfg.batch, learning_rate=cfg.learning_rate,
-                                           pack_tokens=cfg.pack_tokens, warmup=0., liger=liger,
+                                           pack_tokens=cfg.pack_tokens, warmup=0., liger=liger, fp8=fp8,
                                            recompute=cfg.recompute or None), box)
         t.batches = [list(range(i, i+cfg.batch)) for i in range(0, len(data), cfg.batch)]
         t.run()
@@ -159,7 +159,8 @@ def train_trl(model, data:list[dict], cfg:SpeedConfig) -> list[dict]:
                              processing_class=load_tokenizer(EMBEDDED))
         return _watched(trainer, [len(r['input_ids']) for r in trainer.train_dataset])
 
-TRAINERS = {'ours': train_ours, 'without-liger': partial(train_ours, liger=False), 'padded': train_padded,
+TRAINERS = {'ours': train_ours, 'ours-fp8': partial(train_ours, fp8=True),
+            'without-liger': partial(train_ours, liger=False), 'padded': train_padded,
             'trl': train_trl}
 
 # %% ../nbs/02d_speed.ipynb #02d00013

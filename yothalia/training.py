@@ -91,6 +91,7 @@ class Told:
     evals: int = 2             # how often the held-out loss is measured and a checkpoint saved
     pack_tokens: int = 0       # tokens of a pack; 0 for what suits the device
     liger: bool|None = None    # use Liger's kernels where they are installed; None where it pays
+    fp8: bool = False          # products of the frozen weights in eight bits, where gradients are wanted
     # layers on the way back instead of keeping what they computed; None where memory is short
     recompute: bool|None = None
     save_minutes: float = 15.  # time between checkpoints, at most
@@ -121,13 +122,20 @@ class Training:
         self.targets = [int((e['labels'][1:] != -100).sum()) for e in self.train]
         self.batches = step_batches(len(self.train), told.batch, told.epochs, told.seed)
         self.flat, self.at, self.asked = Flat(model, told.ratio), Progress(), False
-        self.fused, self.liger = fuse(model), False
+        self.fused, self.liger = self.fuse_layers(), False
         self.sharded, self.recomputed, self.limit = sharded(model), False, 0.
         self.graphs, self.stream, self.pool = {}, None, torch.cuda.MemPool() if self.device.type == 'cuda' else None
         fits = self.device.type == 'cuda' and can_pack(model) and frozen_head(plain(model)) and not self.sharded
         self.sizes, self.graphs_fit = [], fits and self.fused > 0
         self.loss = torch.zeros((), dtype=torch.float64, device=self.device)
         self.choose_size()
+
+# %% ../nbs/02c_training.ipynb #02c0000d9
+@patch
+def fuse_layers(self:Training) -> int: # how many
+    "Layers and branches as one operation, in eight bits if that is wanted."
+    try: return fuse(self.model, in_fp8(self.model) if self.told.fp8 else None)
+    except ValueError as e: raise TrainError(str(e)) from None
 
 # %% ../nbs/02c_training.ipynb #02c0000e1
 def pack_tokens(model, # a PeftModel
@@ -508,6 +516,7 @@ def run(self:Training) -> int: # the step that was taken up
     finally: self.listen(False)
     with torch.no_grad(): self.flat.live.copy_(self.best)
     if self.recomputed: plain(self.model).activation_checkpointing_disable()
+    if self.told.fp8: unfuse(self.model); fuse(self.model)  # the weights in eight bits go
     self.model.eval()
     return taken
 
