@@ -24,6 +24,7 @@ class DecodingConfig(Config):
     "Parameters of this room."
     out: str = '_runs/demo'
     model: str = EMBEDDED
+    shape: str = ''
     precisions: list[PrecisionName] = Field(['bf16'], min_length=1)
     rank: int = Field(0, ge=0)
     at_once: list[int] = Field([1, 4], min_length=1)
@@ -61,7 +62,6 @@ def plain_config(model):
     "The configuration of a model, or of the base of a PeftModel."
     return getattr(model, 'get_base_model', lambda: model)().config
 
-# %% ../nbs/02f_decoding.ipynb #02f0000cx
 class Places(Cache):
     "The places of a model: how far each has come, and the cache of its layers."
     def __init__(self, model, places:int=16, room:int=2048 # tokens that a place holds
@@ -106,6 +106,7 @@ class Decoder:
                 ):
         self.model, self.on, self.table, self.recorded = model, on, Places(model, places, room), {}
         self.record = recordable(model)
+        self.pool = torch.cuda.graph_pool_handle() if self.record else None
         if self.record and hasattr(model, 'disable_adapter'): fuse(model)
 
     def read(self, ids:list[int]) -> tuple[DynamicCache, torch.Tensor]: # what was read; (vocabulary,) logits of what comes next
@@ -186,8 +187,7 @@ def generate_rate(model, prompts:list[list[int]], # ids of each, of the same len
     ids, times = torch.tensor(prompts, device=model.device), []
     for n in (1, 1, new_tokens):
         start = time.perf_counter()
-        with quiet(): model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), min_new_tokens=n,
-                                     max_new_tokens=n,
+        with quiet(): model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), min_new_tokens=n, max_new_tokens=n,
                                      do_sample=False, temperature=None, top_p=None, pad_token_id=0).cpu()
         times.append(time.perf_counter()-start)
     return len(prompts)*(new_tokens-1)/(times[2]-times[1])
@@ -214,7 +214,6 @@ def bytes_read(model) -> int:
 def decoding_table(records:list[dict]) -> pd.DataFrame:
     "A line for each model, precision and number of replies at a time."
     v = lambda r, k: r['metrics'][k]['value']
-    return pd.DataFrame([{**{k.replace('_', ' '): r['what'][k]
-                             for k in ('model', 'precision', 'rank', 'at_once', 'recorded')},
+    return pd.DataFrame([{**{k.replace('_', ' '): r['what'][k] for k in ('model', 'precision', 'rank', 'at_once', 'recorded')},
                           'tokens/s': v(r, 'decode'), 'by generate': v(r, 'generate'), 'times': v(r, 'times'),
                           'share of memory rate': v(r, 'share of memory rate')} for r in records])
