@@ -130,23 +130,27 @@ class Recorded:
     def __init__(self, d:Decoder, now:torch.Tensor, upto:int): # (2, places): tokens, and how far each place has come
         self.d, self.upto, self.now = d, upto, now.to(d.model.device)
         self.rows, self.tokens = (torch.arange(n, device=d.model.device) for n in (now.shape[1], upto))
+        self.replay = self.capture()
+
+    def capture(self): # what runs the step again
         beside = torch.cuda.Stream(); beside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(beside):
             for _ in range(2): self.work()  # kernels are chosen or compiled at first sight
         torch.cuda.current_stream().wait_stream(beside); torch.cuda.synchronize()
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=d.pool): self.out = self.work()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.d.pool): self.work()
+        return graph.replay
 
-    def work(self) -> torch.Tensor: # (places, vocabulary)
+    def work(self): # leaves (places, vocabulary) logits
         t, (ids, lengths) = self.d.table, self.now
         t.rows, t.at, t.upto = self.rows, lengths, self.upto
         seen = self.tokens <= lengths[:, None]
         with switched(self.d.model, self.d.on):
-            return self.d.model(input_ids=ids[:, None], position_ids=lengths[:, None], past_key_values=t,
-                                attention_mask=seen[:, None, None], use_cache=True).logits[:, -1]
+            self.out = self.d.model(input_ids=ids[:, None], position_ids=lengths[:, None], past_key_values=t,
+                                    attention_mask=seen[:, None, None], use_cache=True).logits[:, -1]
 
     def __call__(self, now:torch.Tensor) -> torch.Tensor: # (places, vocabulary), until the next step
-        self.now.copy_(now); self.graph.replay(); return self.out
+        self.now.copy_(now); self.replay(); return self.out
 
 # %% ../nbs/02f_decoding.ipynb #02f0001a
 def recorded_size(lengths:list[int], places:int, room:int # how far the occupied places have come; of the table

@@ -29,7 +29,7 @@ FACTORS = { # parameter of the training → in words
     'max_tokens': 'tokens of an example', 'learning_rate': 'learning rate', 'rank': 'rank', 'epochs': 'epochs',
     'train_rows': 'training rows',
     'persona_share': 'share of examples told the persona', 'batch': 'examples in a step', 'variant': 'kind of LoRA',
-    'ratio': 'learning rate of B over that of A (LoRA+)'}
+    'ratio': 'learning rate of B over that of A (LoRA+)', 'fp8': 'products in fp8'}
 
 # %% ../nbs/04i_sweep.ipynb #0490000a
 class SweepConfig(Config):
