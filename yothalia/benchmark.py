@@ -68,6 +68,11 @@ class BenchmarkConfig(Config):
     letter_questions: int = Field(1, ge=0)
     generate_questions: int = Field(1, ge=0)
     dev_questions: int = Field(0, ge=0)
+    base_url: str = ''
+    tokenizer: str = ''
+    parallel: int = Field(4, ge=1, le=64)
+    price: list[float] = Field([], max_length=2)
+    most_cost: float = Field(1.0, ge=0)
     temperature: float = Field(0.0, ge=0, le=2)
     budget: int = Field(0, ge=0)
     max_reply: int = Field(128, ge=8)
@@ -287,7 +292,7 @@ def summary(lines:list[dict], mode:str, headline:str='pmi') -> dict[str,dict]: #
     by = sorted((b for b in MODES[mode].readings if b in lines[0]), key=lambda b: b != headline)
     out = {f'accuracy {b}': accuracy(right(lines, b)) for b in by}
     if 'rotations' in lines[0]:  # of the rotations in which the true reply stood there, how many chose it
-        at = [((o['answer']+r) % len(s), int(np.argmax(s))) for o in lines for r, s in enumerate(o['rotations'])]
+        at = [((o['answer']+r) % len(s), int(np.argmax(s))) for o in lines for r, s in enumerate(o['rotations']) if s]
         out |= {f'recall at No.{k}': accuracy([c == k for a, c in at if a == k]) for k in sorted({a for a, _ in at})}
     if 'said' in lines[0]:
         out |= {f'format errors {b}': accuracy([o[b] is None for o in lines]) | dict(unit='share') for b in by}
@@ -310,8 +315,10 @@ def score_all(cfg:BenchmarkConfig, model, tok, qs:list[dict], mode:str, conditio
     prior = rooted(cfg.out)/'priors'/f"{qs[0]['track']}-{what['questions_hash']}-{'adapter' if on else 'base'}.jsonl", key_of_prior(setting, on)
     with switched(model, on):
         known = None if known is None else known.setdefault(on, {})
-        score = lambda done: ((k, about(qs[k]) | o) for k, o in MODES[mode].score(model, tok, qs, cfg, done, template,
-            prior, known))
+        def score(done):
+            asked = (model.ask_mode(mode, qs, cfg, done, tells) if mode != 'cloze' and hasattr(model, 'ask_mode') else
+                     MODES[mode].score(model, tok, qs, cfg, done, template, prior, known))
+            return ((k, about(qs[k]) | o) for k, o in asked)
         return write_lines(path, key, [q['id'] for q in qs], score, f"{qs[0]['track']} {mode} {condition}")
 
 def key_of_prior(setting:list, on:bool) -> str:
@@ -400,10 +407,12 @@ def one_record(cfg, model, tok, qs:list[dict], mode:str, condition:str, base:dic
     sets = dict(Counter(q['made'] for q in qs if 'made' in q))
     lines = score_all(cfg, model, tok, qs, mode, condition, path, what, known, told)
     if sets: what['sets'] = sets
-    if mode != 'generate': what['engine'] = road(model)
+    spent = model.spent(lines, cfg.price) if hasattr(model, 'spent') else {}
+    if hasattr(model, 'told'): what |= model.told()
+    elif mode != 'generate': what['engine'] = road(model)
     what |= chosen if mode == 'cloze' else dict(temperature=cfg.temperature) if mode == 'generate' else {}
     return save_record(path.with_name(path.name.replace('.questions.jsonl', '.json')), what,
-                       summary(lines, mode, chosen['headline']), cfg.model_dump(), path) | dict(lines=lines)
+                       summary(lines, mode, chosen['headline']) | spent, cfg.model_dump(), path) | dict(lines=lines)
 
 # %% ../nbs/04_benchmark.ipynb #9e95f15d
 def headline_of(record:dict) -> str:
