@@ -682,7 +682,7 @@ def serve(name: Annotated[str, typer.Argument(help='a run in _runs')] = 'default
           waiting: Annotated[int, typer.Option(min=1, help='who may wait')] = 64,
           room: Annotated[int, typer.Option(min=128, help='tokens of a prompt and its reply')] = 2048,
           new_tokens: Annotated[int, typer.Option(min=1, help='of a reply, unless told otherwise')] = 256):
-    "Serve the characters of a run and of cards to every program that speaks OpenAI's API."
+    "Serve the characters of a run and of cards: a page in the browser, and OpenAI's API for every other program."
     console, key = Console(force_jupyter=False), os.environ.get('YOTHALIA_KEY', '')
     with one_sentence(console):
         if host not in ('127.0.0.1', 'localhost', '::1') and not key:
@@ -691,7 +691,7 @@ def serve(name: Annotated[str, typer.Argument(help='a run in _runs')] = 'default
         if not card and not (folder/'data').is_dir():
             raise RunError(f'There is no run {name!r}: `yothalia run --name {name}` first, or serve a character by --card.')
         from yothalia.serve import ServeConfig, serve_forever, stage_of
-        from yothalia.models import quiet
+        from yothalia.models import adapter_hash, model_name, quiet, run_adapter
         told = (next(iter(load_records(folder/'records', step='lora')), None) or {}).get('run', {}).get('params', {})
         more = dict(model=model or told.get('model'), precision=precision or told.get('precision'),
                     template=told.get('template'))
@@ -699,6 +699,8 @@ def serve(name: Annotated[str, typer.Argument(help='a run in _runs')] = 'default
             stage = stage_of(configure(ServeConfig, {k: v for k, v in more.items() if v}
                                        | dict(out=tidy(folder), cards=card, adapter=adapter,
                 user=user, places=places, waiting=waiting, room=room, new_tokens=new_tokens)))
-        console.print(f'{", ".join(stage.who)} at http://{host}:{port}/v1', markup=False, highlight=False,
-                      soft_wrap=True)
-        serve_forever(stage, host, port, key)
+        from yothalia.page import Page
+        of = dict(model=model_name(more['model'] or EMBEDDED), adapter=adapter_hash(run_adapter(tidy(folder), adapter)))
+        console.print(f'{", ".join(stage.who)}: a page at http://{host}:{port}, the API at http://{host}:{port}/v1', markup=False,
+                      highlight=False, soft_wrap=True)
+        serve_forever(stage, host, port, key, Page(stage, folder, of))

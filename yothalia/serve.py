@@ -9,7 +9,7 @@ __all__ = ['NOT_HERE', 'MAX_BODY', 'MAX_MESSAGES', 'REASONS', 'ServeConfig', 'St
 
 # %% ../nbs/07d_serve.ipynb #07d00004
 import asyncio, contextlib, hmac, json, os, queue, re, time, uuid
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 # %% ../nbs/07d_serve.ipynb #07d00005
@@ -53,6 +53,7 @@ class Stage:
     new_tokens: int = 256
     adapter: bool = True    # whether there is one
     born: int = 0           # seconds since 1970
+    aliases: dict = field(default_factory=dict) # another name of a condition → condition
 
 def slug(name:str) -> str: return re.sub(r'[^\w-]+', '-', name.casefold()).strip('-') or 'character'
 
@@ -136,7 +137,7 @@ def request_of(self:Stage, body:dict) -> Request:
     "What the engine is asked for."
     if not isinstance(body, dict): raise Refused(400, 'The body must be a JSON object.')
     name, _, condition = str(body.get('model', '')).partition('@')
-    condition = condition or ('both' if self.adapter else 'prompt')
+    condition = self.aliases.get(condition, condition) or ('both' if self.adapter else 'prompt')
     if name not in self.who:
         near = nearest(name, self.who)
         raise Refused(404, f'There is no character {name!r}' + (f': did you mean {near[0]!r}?' if near
@@ -263,7 +264,8 @@ def guarded(answer, # an async function of a request
     return behind
 
 # %% ../nbs/07d_serve.ipynb #07d0001e
-def app_of(stage:Stage, key:str='', seconds:float=300 # whom it answers; how long a reply may take
+def app_of(stage:Stage, key:str='', seconds:float=300, # whom it answers; how long a reply may take
+           page=None # of 07f_page, if there shall be one
           ) -> Starlette:
     "The server as an application."
     counts = dict(requests=0, refused=0)
@@ -273,11 +275,12 @@ def app_of(stage:Stage, key:str='', seconds:float=300 # whom it answers; how lon
     @contextlib.asynccontextmanager
     async def life(app): yield; await asyncio.to_thread(stage.engine.stop, 30)
     behind = lambda path, f, *methods: Route(path, guarded(f, key, counts), methods=methods or ['GET'])
-    return Starlette(lifespan=life, routes=[behind('/v1/models', stage.models), behind('/v1/chat/completions', chat, 'POST'),
+    pages = [Route(path, guarded(f, key if secret else '', counts), methods=[m]) for path, f, m, secret in (page.routes() if page else ())]
+    return Starlette(lifespan=life, routes=[*pages, behind('/v1/models', stage.models), behind('/v1/chat/completions', chat, 'POST'),
                                             behind('/metrics', metrics), Route('/health', health)])
 
 # %% ../nbs/07d_serve.ipynb #07d0001c
-def serve_forever(stage:Stage, host:str='127.0.0.1', port:int=8000, key:str=''):
+def serve_forever(stage:Stage, host:str='127.0.0.1', port:int=8000, key:str='', page=None):
     "Serve until told to stop (SIGINT, SIGTERM): who is being answered is finished."
     import uvicorn
-    uvicorn.run(app_of(stage, key), host=host, port=port, log_level='warning', timeout_graceful_shutdown=30)
+    uvicorn.run(app_of(stage, key, page=page), host=host, port=port, log_level='warning', timeout_graceful_shutdown=30)
