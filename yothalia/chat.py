@@ -88,7 +88,7 @@ def next_tokens(logits:torch.Tensor, # (replies, vocabulary)
     told = [(s.temperature if s.temperature > 0 else 1., s.top_p, s.top_k or logits.shape[1], s.min_p, u)
             for s, u in zip(hows, luck)]
     warm, *told = torch.tensor(told, device=logits.device).T[:, :, None]
-    drawn = draw_among((logits/warm).softmax(-1), *told)
+    drawn = draw_among(logits/warm, *told)
     return torch.where(torch.tensor([s.temperature <= 0 for s in hows], device=logits.device), best, drawn).tolist()
 
 def next_token(logits:torch.Tensor, # (vocabulary,)
@@ -97,19 +97,21 @@ def next_token(logits:torch.Tensor, # (vocabulary,)
     return next_tokens(logits[None], [said], [s], [draw])[0]
 
 # %% ../nbs/07b_chat.ipynb #07b0000c2
-def draw_among(p:torch.Tensor, # (replies, vocabulary) probabilities
+def draw_among(logits:torch.Tensor, # (replies, vocabulary)
                top_p, top_k, min_p, luck, # (replies, 1) each; luck in [0, 1)
-               most:int=1024 # tokens that are looked at, if they are enough
+               most:int=256 # tokens that are looked at, if they are enough
               ) -> torch.Tensor: # (replies,) tokens
     "A token of each, where the luck falls among those that are kept, the likeliest first."
-    top, order = p.topk(min(most, p.shape[1]))
-    if ((top.sum(-1, keepdim=True) < top_p) & (top[:, -1:] >= min_p*top[:, :1]) & (top_k > most)).any():
-        top, order = p.sort(descending=True)
-    keep = (top.cumsum(-1) - top < top_p) & (torch.arange(top.shape[1], device=p.device) < top_k) & (top >= min_p*top[:,
-        :1])
+    most = min(most, logits.shape[1])
+    top, order = logits.topk(most); top = (top - logits.logsumexp(-1, keepdim=True)).exp()
+    keep = (top.cumsum(-1) - top < top_p) & (torch.arange(most, device=top.device) < top_k) & (top >= min_p*top[:, :1])
     keep[:, 0] = True
     share = (top*keep).cumsum(-1)
-    return order.gather(1, (share <= luck*share[:, -1:]).sum(-1, keepdim=True).clamp(max=top.shape[1]-1))[:, 0]
+    out = order.gather(1, (share <= luck*share[:, -1:]).sum(-1, keepdim=True).clamp(max=most-1))[:, 0]
+    few = (keep[:, -1] & (top.sum(-1) < top_p[:, 0]))  # more of them would be kept
+    if most < logits.shape[1] and few.any():
+        out[few] = draw_among(logits[few], *(v[few] for v in (top_p, top_k, min_p, luck)), most=logits.shape[1])
+    return out
 
 # %% ../nbs/07b_chat.ipynb #07b0000f
 @dataclass

@@ -42,10 +42,11 @@ class PlaceLayer(DynamicLayer):
                                   for s in (key_states, value_states))
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
 
-    def put(self, place:int, keys, values): # (1, heads, tokens, size) each
-        "What a newcomer's prompt has left."
+    def put(self, place:int, keys, values): # (newcomers, heads, tokens, size) each
+        "What the newcomers' prompts have left."
         if not self.is_initialized: self.lazy_initialization(keys, values)
-        n = keys.shape[2]; self.keys[place, :, :n], self.values[place, :, :n] = keys[0], values[0]
+        those, n = slice(place, place+len(keys)), keys.shape[2]
+        self.keys[those, :, :n], self.values[those, :, :n] = keys, values
 
     def update(self, key_states, value_states, *_, **__): # (occupied, heads, 1, size) each
         n, at = key_states.shape[0], self.table.at
@@ -70,11 +71,10 @@ class Places(Cache):
         n = plain_config(model).get_text_config().num_hidden_layers
         super().__init__(layers=[PlaceLayer(self) for _ in range(n)])
 
-    def add(self, cache:DynamicCache, tokens:int) -> int: # the place
-        "Let a newcomer sit down."
-        place = len(self.lengths); self.lengths.append(tokens)
-        for mine, new in zip(self.layers, cache.layers): mine.put(place, new.keys, new.values)
-        return place
+    def add(self, cache:DynamicCache, tokens:list[int]): # how many of each are its own; what is behind them is never looked at
+        "Let newcomers sit down."
+        for mine, new in zip(self.layers, cache.layers): mine.put(len(self.lengths), new.keys, new.values)
+        self.lengths += tokens
 
     def free(self, place:int):
         "Give a place up; whoever sits on the last one moves there."
@@ -109,13 +109,20 @@ class Decoder:
         self.pool = torch.cuda.graph_pool_handle() if self.record else None
         if self.record and hasattr(model, 'disable_adapter'): fuse(model)
 
-    def read(self, ids:list[int]) -> tuple[DynamicCache, torch.Tensor]: # what was read; (vocabulary,) logits of what comes next
-        "Read a prompt."
-        cache = DynamicCache(config=plain_config(self.model))
-        with switched(self.model, self.on):
-            out = self.model(input_ids=torch.tensor([ids], device=self.model.device), past_key_values=cache,
-                             use_cache=True, logits_to_keep=1)
-        return cache, out.logits[0, -1]
+# %% ../nbs/02f_decoding.ipynb #02f00011x
+@patch
+def seat(self:Decoder, prompts:list[list[int]]) -> torch.Tensor: # (prompts, vocabulary) logits of what comes next
+    "Read several prompts in one pass, and give each a place."
+    sizes = [len(p) for p in prompts]; ends = sorted(set(sizes))
+    ids, cache = torch.zeros(len(prompts), max(sizes), dtype=torch.long), DynamicCache(config=plain_config(self.model))
+    for row, p in zip(ids, prompts): row[:len(p)] = torch.tensor(p)
+    mask = (torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]).long() if len(ends) > 1 else None
+    here = lambda t: t if t is None else t.to(self.model.device)
+    with switched(self.model, self.on):
+        out = self.model(input_ids=here(ids), attention_mask=here(mask), past_key_values=cache, use_cache=True,
+                         logits_to_keep=here(torch.tensor([n-1 for n in ends])))
+    self.table.add(cache, sizes)
+    return out.logits[torch.arange(len(prompts)), torch.tensor([ends.index(n) for n in sizes])]
 
 # %% ../nbs/02f_decoding.ipynb #02f00012
 @patch
@@ -175,8 +182,7 @@ def decode_rate(model, prompts:list[list[int]], # ids of each
                 new_tokens:int=16) -> float: # tokens per second of all together
     "The speed of replies that are decoded at the same time."
     d = Decoder(model, len(prompts), max(map(len, prompts)) + new_tokens)
-    read = {p: d.read(list(p[:-1]))[0] for p in set(map(tuple, prompts))}  # each once
-    for p in prompts: d.table.add(read[tuple(p)], len(p)-1)
+    for k in range(0, len(prompts), 16): d.seat([p[:-1] for p in prompts[k:k+16]])
     def go(n):
         tokens, d.table.lengths = [p[-1] for p in prompts], [len(p)-1 for p in prompts]
         for _ in range(n): tokens = d.step(tokens).argmax(-1).tolist()
@@ -191,7 +197,8 @@ def generate_rate(model, prompts:list[list[int]], # ids of each, of the same len
     ids, times = torch.tensor(prompts, device=model.device), []
     for n in (1, 1, new_tokens):
         start = time.perf_counter()
-        with quiet(): model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), min_new_tokens=n, max_new_tokens=n,
+        with quiet(): model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), min_new_tokens=n,
+                                     max_new_tokens=n,
                                      do_sample=False, temperature=None, top_p=None, pad_token_id=0).cpu()
         times.append(time.perf_counter()-start)
     return len(prompts)*(new_tokens-1)/(times[2]-times[1])
@@ -218,6 +225,7 @@ def bytes_read(model) -> int:
 def decoding_table(records:list[dict]) -> pd.DataFrame:
     "A line for each model, precision and number of replies at a time."
     v = lambda r, k: r['metrics'][k]['value']
-    return pd.DataFrame([{**{k.replace('_', ' '): r['what'][k] for k in ('model', 'precision', 'rank', 'at_once', 'recorded')},
+    return pd.DataFrame([{**{k.replace('_', ' '): r['what'][k]
+                             for k in ('model', 'precision', 'rank', 'at_once', 'recorded')},
                           'tokens/s': v(r, 'decode'), 'by generate': v(r, 'generate'), 'times': v(r, 'times'),
                           'share of memory rate': v(r, 'share of memory rate')} for r in records])

@@ -8,7 +8,7 @@ __all__ = ['EngineConfig', 'Request', 'Engine']
 # %% ../nbs/07c_engine.ipynb #07c00004
 import queue, threading, time
 from dataclasses import dataclass, field
-from typing import Iterator
+from typing import Callable, Iterator
 
 # %% ../nbs/07c_engine.ipynb #07c00005
 from fastcore.basics import patch
@@ -18,7 +18,7 @@ from .models import *
 from .prompts import *
 from .prompts import _ids
 from .decoding import Decoder, recordable
-from .chat import Sampling, find_preset, close, next_token, next_tokens, take
+from .chat import Sampling, find_preset, close, next_tokens, take
 import numpy as np, torch
 
 # %% ../nbs/07c_engine.ipynb #07c00008
@@ -50,6 +50,7 @@ class Request:
     seconds: float = 0.
     sent: int = 0                # characters that were handed out
     out: queue.Queue = field(default_factory=queue.Queue)
+    ring: Callable|None = None   # called when there is something in it
     cancelled: threading.Event = field(default_factory=threading.Event)
     draw: torch.Generator|None = None
 
@@ -61,21 +62,29 @@ class Request:
         except queue.Empty: raise TimeoutError('nothing was said for too long') from None
         finally: self.cancelled.set()
 
+# %% ../nbs/07c_engine.ipynb #07c00010w
+@patch
+def tell(self:Request, piece:str|None # None: no more will come
+        ):
+    "Put a piece where the listener finds it."
+    self.out.put(piece)
+    if self.ring: self.ring()
+
 # %% ../nbs/07c_engine.ipynb #07c00010x
 @patch
 def hear(self:Request, token:int, tok, ends:set[int]) -> bool: # whether it goes on
     "Take a token, and hand out what is certain."
     self.first = self.first or time.perf_counter()-self.asked
     if self.cancelled.is_set(): return self.end('cancelled')
-    if piece := take(self, token, tok, ends, self.stops, self.sampling.max_tokens): self.out.put(piece)
+    if piece := take(self, token, tok, ends, self.stops, self.sampling.max_tokens): self.tell(piece)
     return self.end() if self.ended else True
 
 # %% ../nbs/07c_engine.ipynb #07c00010y
 @patch
 def end(self:Request, why:str='') -> bool: # False
     "Tell the listener that no more will be said."
-    if why and (piece := close(self, why)): self.out.put(piece)
-    self.seconds = time.perf_counter()-self.asked; self.out.put(None)
+    if why and (piece := close(self, why)): self.tell(piece)
+    self.seconds = time.perf_counter()-self.asked; self.tell(None)
     return False
 
 # %% ../nbs/07c_engine.ipynb #07c00012
@@ -108,12 +117,31 @@ class Engine:
 
 # %% ../nbs/07c_engine.ipynb #07c00013
 @patch
-def seat(self:Engine, r:Request):
-    "Read a newcomer's prompt, draw the first token, and give it a place."
-    decoder, seated = self.tables[r.on]
-    cache, logits = decoder.read(r.prompt)
-    if r.hear(next_token(logits.clone(), r.ids, r.sampling, r.draw), self.tok, self.ends):
-        decoder.table.add(cache, len(r.prompt)); seated.append(r)
+def newcomers(self:Engine, busy:bool, most:int=1024 # whether somebody is being answered; tokens that are read at a time
+             ) -> list[Request]:
+    "Those who wait and can sit down now; without anybody else to answer it waits for the first."
+    free, out = min(d.table.places-len(s) for d, s in self.tables.values()), []
+    while len(out) < free and len(out)*max((len(r.prompt) for r in out), default=0) < most:
+        try: r = self.waiting.get(block=not busy and not out, timeout=.05)
+        except queue.Empty: break
+        if r.cancelled.is_set(): r.end('cancelled')
+        else: out.append(r)
+    return out
+
+@patch
+def seat(self:Engine, on:bool, those:list[Request]):
+    "Read newcomers' prompts in one pass, and draw a first token for each."
+    decoder, seated = self.tables[on]
+    logits = decoder.seat([r.prompt for r in those]); seated += those
+    self.heard(on, logits, len(seated)-len(those))
+
+@patch
+def heard(self:Engine, on:bool, logits, first:int): # (replies, vocabulary), of those who sit from there on
+    "Draw a token for each, and let those go who have ended."
+    seated = self.tables[on][1]; those = seated[first:]
+    drawn = next_tokens(logits.clone(), [r.ids for r in those], [r.sampling for r in those], [r.draw for r in those])
+    for k in reversed(range(len(those))):
+        if not those[k].hear(drawn[k], self.tok, self.ends): self.leave(on, first+k)
 
 # %% ../nbs/07c_engine.ipynb #07c00013x
 @patch
@@ -122,9 +150,7 @@ def step(self:Engine, on:bool):
     decoder, seated = self.tables[on]
     logits = decoder.step([r.ids[-1] for r in seated])
     self.steps += 1; self.tokens += len(seated)
-    drawn = next_tokens(logits.clone(), [r.ids for r in seated], [r.sampling for r in seated], [r.draw for r in seated])
-    for place in reversed(range(len(seated))):
-        if not seated[place].hear(drawn[place], self.tok, self.ends): self.leave(on, place)
+    self.heard(on, logits, 0)
 
 # %% ../nbs/07c_engine.ipynb #07c00013y
 @patch
@@ -136,18 +162,23 @@ def leave(self:Engine, on:bool, place:int):
 # %% ../nbs/07c_engine.ipynb #07c00014
 @patch
 def run(self:Engine):
-    "Until stopped: seat one, step all."
+    "Until stopped: seat those who came, step all."
     with torch.inference_mode():
         while not self.stopping.is_set() or any(s for _, s in self.tables.values()):
             busy = any(s for _, s in self.tables.values())
-            room = all(len(s) < d.table.places for d, s in self.tables.values()) and not self.stopping.is_set()
-            r = None
-            try: r = self.waiting.get(block=not busy, timeout=.05) if room else None
-            except queue.Empty: pass
-            if r is not None: self.attempt(lambda: r.end('cancelled') if r.cancelled.is_set() else self.seat(r), [r])
+            new = [] if self.stopping.is_set() else self.newcomers(busy)
             for on, (_, seated) in self.tables.items():
+                if those := [r for r in new if r.on == on]: self.let_in(on, those)
                 if seated: self.attempt(lambda: self.step(on), list(seated), on)
         while not self.waiting.empty(): self.waiting.get_nowait().end('the engine has stopped')
+
+@patch
+def let_in(self:Engine, on:bool, those:list[Request]):
+    "Seat newcomers; if one of them can't be read, each by itself."
+    if len(those) > 1:
+        try: return self.seat(on, those)
+        except Exception: those = [r for r in those if r not in self.tables[on][1] and not r.ended]
+    for r in those: self.attempt(lambda: self.seat(on, [r]), [r])
 
 @patch
 def attempt(self:Engine, what, those:list[Request], on:bool|None=None):

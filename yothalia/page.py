@@ -37,15 +37,19 @@ class PageConfig(Config):
 def page_html() -> str:
     "The page's HTML."
     pick = lambda id, label: Label(label, Select(id=id))
-    head = Head(Meta(charset='utf-8'), Meta(name='viewport', content='width=device-width, initial-scale=1'), Title('Yothalia'),
+    head = Head(Meta(charset='utf-8'), Meta(name='viewport', content='width=device-width, initial-scale=1'),
+                Title('Yothalia'),
                 Link(rel='stylesheet', href='page.css'), Script(src='page.js', defer=True))
     side = Aside(Img(id='picture', alt='', hidden=True), pick('who', 'Character'), pick('how', 'Version'),
                  Label(Input(id='blind', type='checkbox'), ' Compare two, blind', cls='tick'),
                  Div(pick('one', 'One of them'), pick('two', 'The other'), P(id='tally'), id='pair', hidden=True),
                  Button('New talk', id='fresh', type='button'))
     form = Form(Textarea(id='line', rows=2, maxlength=4000, placeholder='Say something …', aria_label='Your line'),
-                Button('Send', id='send', type='submit'), Button('Stop', id='stop', type='button', hidden=True), id='say')
-    return '<!doctype html>\n' + to_xml(Html(head, Body(side, Main(Div(id='talk', aria_live='polite'), P(id='wrong', role='alert'), form)), lang='en'))
+                Button('Send', id='send', type='submit'), Button('Stop', id='stop', type='button', hidden=True),
+                id='say')
+    return '<!doctype html>\n' + to_xml(Html(head,
+                                             Body(side, Main(Div(id='talk', aria_live='polite'),
+                                                             P(id='wrong', role='alert'), form)), lang='en'))
 
 # %% ../nbs/07f_page.ipynb #07f0000c
 CSS = '''
@@ -179,7 +183,8 @@ ask('/page/who').then(r => r.json()).then(o => {
 '''
 
 # %% ../nbs/07f_page.ipynb #07f00011
-SAID = {'base': 'the model alone', 'prompt': 'told the persona', 'lora': 'fine-tuned', 'both': 'told and fine-tuned'} # condition → in words
+# condition → in words
+SAID = {'base': 'the model alone', 'prompt': 'told the persona', 'lora': 'fine-tuned', 'both': 'told and fine-tuned'}
 
 class Page:
     "The page of a stage, and what people choose on it."
@@ -197,15 +202,18 @@ async def who(self:Page, request) -> JSONResponse:
     "Who can be talked to, and in which versions."
     def one(id, c):
         greeting = next((g[0] for g in c.greetings.values() if g), '')
-        return dict(id=id, name=c.card.data['name'] if c.card else spoken_name(c.name), greeting=greeting, picture=f'page/picture/{id}')
-    return JSONResponse(dict(characters=[one(id, c) for id, c in self.stage.who.items()], conditions=[(c, SAID[c]) for c in self.conditions()]))
+        return dict(id=id, name=c.card.data['name'] if c.card else spoken_name(c.name), greeting=greeting,
+                    picture=f'page/picture/{id}')
+    return JSONResponse(dict(characters=[one(id, c) for id, c in self.stage.who.items()],
+                             conditions=[(c, SAID[c]) for c in self.conditions()]))
 
 @patch
 async def picture(self:Page, request) -> Response:
     "A character's picture: its card's, or its initials."
     c = self.stage.who.get(request.path_params['name'])
     if c is None: raise Refused(404, 'There is no such character.')
-    return Response(c.card and c.card.picture or portrait(c.name), media_type='image/png', headers={'Cache-Control': 'max-age=600'})
+    return Response(c.card and c.card.picture or portrait(c.name), media_type='image/png',
+                    headers={'Cache-Control': 'max-age=600'})
 
 # %% ../nbs/07f_page.ipynb #07f00012
 @patch
@@ -226,11 +234,14 @@ async def duel(self:Page, request) -> JSONResponse:
 async def pick(self:Page, request) -> JSONResponse:
     "Write down which was better, and tell who was who."
     o = await body_of(request); order = self.duels.pop(str(o.get('id')), None)
-    if order is None: raise Refused(404, 'This comparison is over, or the server was started anew: say your line again.', 'id')
+    if order is None:
+        raise Refused(404, 'This comparison is over, or the server was started anew: say your line again.', 'id')
     if o.get('choice') not in ('a', 'b', 'tie'): raise Refused(400, 'choice must be a, b or tie.', 'choice')
     for s in 'ab': self.stage.aliases.pop(f"{o['id']}.{s}", None)
-    line = dict(time=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()), character=str(o.get('character', ''))[:200], first=order[0], second=order[1],
-                choice=dict(a=order[0], b=order[1]).get(o['choice'], 'tie'), replies=o.get('replies'), messages=o.get('messages'))
+    line = dict(time=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()), character=str(o.get('character', ''))[:200],
+                first=order[0], second=order[1],
+                choice=dict(a=order[0], b=order[1]).get(o['choice'], 'tie'), replies=o.get('replies'),
+                messages=o.get('messages'))
     self.picks.parent.mkdir(parents=True, exist_ok=True)
     with self.picks.open('a', encoding='utf-8') as f: f.write(json.dumps(line, ensure_ascii=False) + '\n')
     lines = read_jsonl(self.picks); save_picks(self.out, lines, self.what)
@@ -246,7 +257,8 @@ def picks_metrics(lines:list[dict] # from picks.jsonl
         of = [l['choice'] for l in lines if {l['first'], l['second']} == {x, y}]
         if decided := [c == y for c in of if c != 'tie']: out[f'{y} over {x}'] = accuracy(decided) | dict(unit='share')
         out[f'no difference between {x} and {y}'] = accuracy([c == 'tie' for c in of]) | dict(unit='share')
-    if decided := [l['choice'] == l['first'] for l in lines if l['choice'] != 'tie']: out['the first was chosen'] = accuracy(decided) | dict(unit='share')
+    if decided := [l['choice'] == l['first'] for l in lines if l['choice'] != 'tie']:
+        out['the first was chosen'] = accuracy(decided) | dict(unit='share')
     return out
 
 def tally(lines:list[dict], x:str, y:str) -> str: # two conditions
@@ -259,17 +271,21 @@ def tally(lines:list[dict], x:str, y:str) -> str: # two conditions
 
 def save_picks(out:Path, lines:list[dict], what:dict) -> dict:
     "The record of all choices so far."
-    return save_record(rooted(out)/'records'/'picks.json', dict(step='picks') | what, picks_metrics(lines), {}, rooted(out)/'picks.jsonl')
+    return save_record(rooted(out)/'records'/'picks.json', dict(step='picks') | what, picks_metrics(lines), {},
+                       rooted(out)/'picks.jsonl')
 
 # %% ../nbs/07f_page.ipynb #07f00017
 @patch
 async def keep(self:Page, request) -> JSONResponse:
     "Write a talk down, whole or not at all."
     o = await body_of(request); c, talk = self.stage.who.get(o.get('character')), str(o.get('talk', ''))
-    if c is None or not talk.isalnum() or len(talk) > 40: raise Refused(400, 'character and talk must be those of the page.')
+    if c is None or not talk.isalnum() or len(talk) > 40: raise Refused(400,
+                                                                        'character and talk must be those of the page.')
     turns = o.get('turns')
-    if not isinstance(turns, list) or not all(isinstance(t, dict) and t.get('role') in ('user', 'assistant') and isinstance(t.get('tries'), list) and t['tries']
-                                              and all(isinstance(x, str) for x in t['tries']) and t.get('at') in range(len(t['tries'])) for t in turns):
+    if not isinstance(turns, list) or not all(isinstance(t, dict) and t.get('role') in ('user', 'assistant')
+                                              and isinstance(t.get('tries'), list) and t['tries']
+                                              and all(isinstance(x, str) for x in t['tries'])
+                                              and t.get('at') in range(len(t['tries'])) for t in turns):
         raise Refused(400, 'turns must have a role, tries, and which of them counts.', 'turns')
     s = Session(Voice(self.stage.engine.model, self.stage.engine.tok), c, self.stage.user)
     for t in turns:
@@ -286,7 +302,8 @@ POLICY = {'Content-Security-Policy': "default-src 'self'; img-src 'self' data:; 
 def same_page(request):
     "Refuse what another page in the same browser would send."
     origin = request.headers.get('origin')
-    if origin and origin.partition('://')[2] != request.headers.get('host'): raise Refused(403, 'This is for the page of this server only.')
+    if origin and origin.partition('://')[2] != request.headers.get('host'):
+        raise Refused(403, 'This is for the page of this server only.')
 
 @patch
 def routes(self:Page) -> list[tuple]: # path, an async function of a request, method, whether a key is needed
@@ -298,6 +315,7 @@ def routes(self:Page) -> list[tuple]: # path, an async function of a request, me
         async def answer(request): same_page(request); return await f(request)
         return answer
     js = '\n'.join((JS_ASK, JS_DRAW, JS_SAY, JS_DUEL, JS_BEGIN))
-    return [('/', text(page_html(), 'text/html'), 'GET', False), ('/page.css', text(CSS, 'text/css'), 'GET', False), ('/page.js', text(js, 'text/javascript'), 'GET', False),
+    return [('/', text(page_html(), 'text/html'), 'GET', False), ('/page.css', text(CSS, 'text/css'), 'GET', False),
+            ('/page.js', text(js, 'text/javascript'), 'GET', False),
             ('/page/picture/{name}', self.picture, 'GET', False), ('/page/who', self.who, 'GET', True),
             *((f'/page/{f.__name__}', own(f), 'POST', True) for f in (self.duel, self.pick, self.keep))]

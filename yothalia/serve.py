@@ -180,14 +180,17 @@ def chunk(name:str, id:str, delta:dict, why:str|None=None, **more) -> str:
 async def following(r:Request, seconds:float, gone # an async function: whether nobody listens any more
                    ):
     "The pieces of a reply, without holding up the server while none is there."
-    end = time.monotonic() + seconds
+    end, bell, loop = time.monotonic() + seconds, asyncio.Event(), asyncio.get_running_loop()
+    r.ring = lambda: loop.is_closed() or loop.call_soon_threadsafe(bell.set)
     try:
-        while not await gone():
+        while True:
             try: p = r.out.get_nowait()
             except queue.Empty:
+                if await gone(): break
                 if time.monotonic() > end: raise Refused(504, f'No answer within {seconds:g} seconds.',
                                                          kind='timeout_error') from None
-                await asyncio.sleep(.005); continue
+                with contextlib.suppress(TimeoutError): await asyncio.wait_for(bell.wait(), .25)
+                bell.clear(); continue
             if p is None: break
             yield p
     finally: r.cancelled.set()
@@ -224,7 +227,8 @@ async def models(self:Stage, request) -> JSONResponse:
 @patch
 async def chat(self:Stage, request, seconds:float=300) -> JSONResponse|StreamingResponse:
     "A reply, whole or as it is said."
-    body = await body_of(request); r, id, name = self.request_of(body), f'chatcmpl-{uuid.uuid4().hex[:24]}', body['model']
+    body = await body_of(request)
+    r, id, name = self.request_of(body), f'chatcmpl-{uuid.uuid4().hex[:24]}', body['model']
     try: self.engine.ask(r)
     except queue.Full:
         raise Refused(429, 'Too many are waiting: try again in a moment.', kind='rate_limit_error',
@@ -247,7 +251,8 @@ def metrics(self:Stage, counts:dict # name → number
     e = self.engine
     told = {'counter': counts | dict(steps=e.steps, tokens=e.tokens),
             'gauge': dict(seated=sum(len(s) for _, s in e.tables.values()), waiting=e.waiting.qsize())}
-    return ''.join(f'# TYPE yothalia_{k} {kind}\nyothalia_{k} {v}\n' for kind, of in told.items() for k, v in of.items())
+    return ''.join(f'# TYPE yothalia_{k} {kind}\nyothalia_{k} {v}\n' for kind, of in told.items()
+                   for k, v in of.items())
 
 def guarded(answer, # an async function of a request
             key:str, counts:dict): # the same behind a key, with errors in OpenAI's form
@@ -275,8 +280,10 @@ def app_of(stage:Stage, key:str='', seconds:float=300, # whom it answers; how lo
     @contextlib.asynccontextmanager
     async def life(app): yield; await asyncio.to_thread(stage.engine.stop, 30)
     behind = lambda path, f, *methods: Route(path, guarded(f, key, counts), methods=methods or ['GET'])
-    pages = [Route(path, guarded(f, key if secret else '', counts), methods=[m]) for path, f, m, secret in (page.routes() if page else ())]
-    return Starlette(lifespan=life, routes=[*pages, behind('/v1/models', stage.models), behind('/v1/chat/completions', chat, 'POST'),
+    pages = [Route(path, guarded(f, key if secret else '', counts), methods=[m])
+             for path, f, m, secret in (page.routes() if page else ())]
+    return Starlette(lifespan=life, routes=[*pages, behind('/v1/models', stage.models),
+                                            behind('/v1/chat/completions', chat, 'POST'),
                                             behind('/metrics', metrics), Route('/health', health)])
 
 # %% ../nbs/07d_serve.ipynb #07d0001c
