@@ -28,7 +28,7 @@ class ContestantsConfig(Config):
     out: str = '_runs/demo'
     model: str = ''
     base_url: str = ''
-    questions: int = Field(4, ge=1)
+    questions: int = Field(2, ge=1)
     parallel: int = Field(2, ge=1, le=64)
     seed: int = Field(0, ge=0, lt=2**32)
 

@@ -21,7 +21,6 @@ from .prompts import CONDITIONS
 from .benchmark import accuracy
 from .cards import portrait
 from .chat import Session, Voice
-from .data import spoken_name
 from .serve import Refused, Stage, body_of, slug
 from starlette.responses import JSONResponse, Response
 
@@ -117,7 +116,7 @@ function draw() {
       if (t.tries.length > 1) acts.append(button('‹', 'the try before', () => { t.at = (t.at + t.tries.length - 1) % t.tries.length; keep() }), make('span', '', `${t.at + 1}/${t.tries.length}`),
                                           button('›', 'the next try', () => { t.at = (t.at + 1) % t.tries.length; keep() }));
       if (k === turns.length - 1 && k > 0 && turns[k-1].role === 'user') acts.append(button('↻', 'another try', () => again(k)));
-      acts.append(button('👍', 'good', () => { t.thumb = t.thumb === 1 ? 0 : 1; keep() }, t.thumb === 1), button('👎', 'bad', () => { t.thumb = t.thumb === -1 ? 0 : -1; keep() }, t.thumb === -1));
+      acts.append(button('good', 'good', () => { t.thumb = t.thumb === 1 ? 0 : 1; keep() }, t.thumb === 1), button('bad', 'bad', () => { t.thumb = t.thumb === -1 ? 0 : -1; keep() }, t.thumb === -1));
       d.append(acts);
     }
     box.append(d);
@@ -202,7 +201,7 @@ async def who(self:Page, request) -> JSONResponse:
     "Who can be talked to, and in which versions."
     def one(id, c):
         greeting = next((g[0] for g in c.greetings.values() if g), '')
-        return dict(id=id, name=c.card.data['name'] if c.card else spoken_name(c.name), greeting=greeting,
+        return dict(id=id, name=c.name, greeting=greeting,
                     picture=f'page/picture/{id}')
     return JSONResponse(dict(characters=[one(id, c) for id, c in self.stage.who.items()],
                              conditions=[(c, SAID[c]) for c in self.conditions()]))
