@@ -1,5 +1,5 @@
 """The server as a process of its own, and OpenAI's own client against it: right calls, wrong calls, many at once, and who goes away."""
-import json, os, re, signal, socket, subprocess, sys, threading, time, urllib.request
+import json, os, re, shutil, signal, socket, subprocess, sys, threading, time, urllib.request
 from pathlib import Path
 
 import pytest
@@ -50,6 +50,35 @@ def test_openais_client(server):
     assert events[-1].usage == whole.usage and events[-2].choices[0].finish_reason == whole.choices[0].finish_reason
     word = said.split()[-1]
     assert word not in (ask(client, stop=[word]).choices[0].message.content or '')
+
+
+ELSEWHERE = """
+import { createOpenAICompatible } from '@ai-sdk/openai-compatible';
+import { generateText, streamText } from 'ai';
+const at = key => createOpenAICompatible({ name: 'yothalia', baseURL: process.argv[2], apiKey: key, includeUsage: true });
+const told = { prompt: 'Good morning!', maxOutputTokens: 6, seed: 1, maxRetries: 0 };
+const whole = await generateText({ model: at('open sesame')('queen-of-hearts'), ...told });
+const pieces = [], stream = streamText({ model: at('open sesame')('queen-of-hearts'), ...told });
+for await (const p of stream.textStream) pieces.push(p);
+const wrong = {};
+for (const [k, model] of [['name', at('open sesame')('braswick')], ['key', at('no')('queen-of-hearts')]])
+  await generateText({ model, ...told }).catch(e => wrong[k] = [e.statusCode, e.message]);
+console.log(JSON.stringify({ text: whole.text, why: whole.finishReason, usage: whole.usage.outputTokens, pieces, streamed: (await stream.usage).outputTokens, wrong }));
+"""
+
+
+@pytest.mark.skipif(not shutil.which('npm'), reason='needs Node.js with npm')
+def test_client_of_another_language(server, tmp_path):
+    "A client from npm that many web front ends are built with (Vercel's AI SDK): whole, as a stream, and with a wrong name and key."
+    _, _, port = server
+    (tmp_path/'package.json').write_text('{"type": "module"}'); (tmp_path/'ask.js').write_text(ELSEWHERE)
+    got = subprocess.run(['npm', 'install', '--no-audit', '--no-fund', 'ai@6', '@ai-sdk/openai-compatible@2'], cwd=tmp_path, capture_output=True, text=True, timeout=180)
+    if got.returncode: pytest.skip('npm could not install the client: ' + got.stderr[-200:])
+    run = subprocess.run(['node', 'ask.js', f'http://127.0.0.1:{port}/v1'], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr[-2000:]
+    o = json.loads(run.stdout.splitlines()[-1])
+    assert o['text'] and ''.join(o['pieces']).strip() == o['text'].strip() and o['usage'] == o['streamed'] <= 6 and o['why'] in ('stop', 'length')
+    assert o['wrong']['name'][0] == 404 and 'did you mean' in o['wrong']['name'][1] and o['wrong']['key'][0] == 401
 
 
 def test_wrong_calls(server):

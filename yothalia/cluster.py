@@ -28,7 +28,8 @@ from .rows import DataError
 # what a run does where nothing else is said
 STEPS = ('01_data', '02_lora', '03_quantization', '04_benchmark', '05_profiling')
 JOBS = (STEPS[0], '04f_templates', '02e_rate', *STEPS[1:4], '04d_validity', '04e_specificity', '04g_replies',
-        '04h_curve', '04i_sweep', *STEPS[4:], '05a_export', '02d_speed', '02f_decoding', '07c_engine', '07e_load') # what it can do
+        # what it can do
+        '04h_curve', '04i_sweep', *STEPS[4:], '05a_export', '02d_speed', '02f_decoding', '07c_engine', '07e_load')
 API_STEPS = ('01_data', '04_benchmark') # what can be done with a model that can only be asked
 
 def room(step:str) -> str:
@@ -576,7 +577,8 @@ def export(name: Annotated[str, typer.Option(help='a run in _runs')] = 'default'
            form: Annotated[list[str],
                            typer.Option(help='merged, int8, nf4, nf4-dq, fp4, gguf, gguf-q8_0; several by several --form')] = ['merged'],
            rows: Annotated[int, typer.Option(help='held-out rows that each export is asked about; 0 for all')] = 40,
-           questions: Annotated[int, typer.Option(help='questions of each track; 0 for all')] = 20):
+           questions: Annotated[int, typer.Option(help='questions of each track; 0 for all')] = 20,
+           url: Annotated[str, typer.Option(help='where `yothalia serve` will be, for the settings of front ends')] = 'http://127.0.0.1:8000/v1'):
     "Write a run's character for other programs, and check that each export is still the one that was tested."
     console = Console(force_jupyter=False)
     with one_sentence(console):
@@ -585,6 +587,9 @@ def export(name: Annotated[str, typer.Option(help='a run in _runs')] = 'default'
         with console.status('exports …'): made = export_all(cfg)
         show_frame(export_table(made), 'Is it still the character that was tested?', console)
         console.print(f"{'exports':12s}{cfg.out}/export", highlight=False, soft_wrap=True)
+        from yothalia.frontends import FrontendsConfig, write_frontends
+        write_frontends(configure(FrontendsConfig, dict(out=cfg.out, url=url, new_tokens=256)))
+        console.print(f"{'front ends':12s}{cfg.out}/export/FRONTENDS.txt", highlight=False, soft_wrap=True)
         if not all(r['what']['same'] for r in made): raise typer.Exit(3)
 
 # %% ../nbs/06_cluster.ipynb #06e00004
@@ -701,6 +706,7 @@ def serve(name: Annotated[str, typer.Argument(help='a run in _runs')] = 'default
                 user=user, places=places, waiting=waiting, room=room, new_tokens=new_tokens)))
         from yothalia.page import Page
         of = dict(model=model_name(more['model'] or EMBEDDED), adapter=adapter_hash(run_adapter(tidy(folder), adapter)))
-        console.print(f'{", ".join(stage.who)}: a page at http://{host}:{port}, the API at http://{host}:{port}/v1', markup=False,
+        console.print(f'{", ".join(stage.who)}: a page at http://{host}:{port}, the API at http://{host}:{port}/v1',
+                      markup=False,
                       highlight=False, soft_wrap=True)
         serve_forever(stage, host, port, key, Page(stage, folder, of))
