@@ -52,6 +52,23 @@ def test_openais_client(server):
     assert word not in (ask(client, stop=[word]).choices[0].message.content or '')
 
 
+def test_logprobs(server):
+    "Each token with its log-probability and the likeliest beside it, the same whole and streamed; greedy takes the likeliest."
+    client, _, _ = server
+    whole = ask(client, temperature=0, logprobs=True, top_logprobs=5).choices[0]
+    shown = whole.logprobs.content
+    assert ''.join(t.token for t in shown).strip().startswith(whole.message.content[:5]) and len(shown) <= 6
+    for t in shown:
+        assert t.logprob <= 0 and len(t.top_logprobs) == 5 and bytes(t.bytes).decode() == t.token
+        assert [o.logprob for o in t.top_logprobs] == sorted((o.logprob for o in t.top_logprobs), reverse=True)
+    assert shown[0].token == shown[0].top_logprobs[0].token
+    events = [e.choices[0].logprobs for e in ask(client, temperature=0, stream=True, logprobs=True, top_logprobs=5) if e.choices and e.choices[0].logprobs]
+    assert [(t.token, t.logprob) for e in events for t in e.content] == [(t.token, t.logprob) for t in shown]
+    assert ask(client).choices[0].logprobs is None
+    with pytest.raises(openai.BadRequestError, match='top_logprobs needs logprobs'): ask(client, top_logprobs=3)
+    with pytest.raises(openai.BadRequestError, match='top_logprobs must be'): ask(client, logprobs=True, top_logprobs=50)
+
+
 ELSEWHERE = """
 import { createOpenAICompatible } from '@ai-sdk/openai-compatible';
 import { generateText, streamText } from 'ai';

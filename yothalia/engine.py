@@ -53,6 +53,8 @@ class Request:
     ring: Callable|None = None   # called when there is something in it
     cancelled: threading.Event = field(default_factory=threading.Event)
     draw: torch.Generator|None = None
+    likely: int|None = None      # how many of the likeliest tokens are to be shown at each place; None: nothing is
+    shown: list = field(default_factory=list) # for each token: its id and log-probability, and those of the likeliest
 
     def pieces(self, timeout:float|None=None # seconds between two pieces, at most
               ) -> Iterator[str]:
@@ -69,6 +71,13 @@ def tell(self:Request, piece:str|None # None: no more will come
     "Put a piece where the listener finds it."
     self.out.put(piece)
     if self.ring: self.ring()
+
+# %% ../nbs/07c_engine.ipynb #07c00010v
+@patch
+def show(self:Request, token:int, logits:torch.Tensor): # (vocabulary,)
+    "Note how likely a token was, before temperature and all that is cut off, and which would have been likelier."
+    p = logits.float().log_softmax(-1); top = p.topk(self.likely)
+    self.shown.append((token, float(p[token]), list(zip(top.indices.tolist(), top.values.tolist()))))
 
 # %% ../nbs/07c_engine.ipynb #07c00010x
 @patch
@@ -141,6 +150,7 @@ def heard(self:Engine, on:bool, logits, first:int): # (replies, vocabulary), of 
     seated = self.tables[on][1]; those = seated[first:]
     drawn = next_tokens(logits.clone(), [r.ids for r in those], [r.sampling for r in those], [r.draw for r in those])
     for k in reversed(range(len(those))):
+        if those[k].likely is not None and drawn[k] not in self.ends: those[k].show(drawn[k], logits[k])
         if not those[k].hear(drawn[k], self.tok, self.ends): self.leave(on, first+k)
 
 # %% ../nbs/07c_engine.ipynb #07c00013x

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NOT_HERE', 'MAX_BODY', 'MAX_MESSAGES', 'REASONS', 'ServeConfig', 'Stage', 'slug', 'cast_of', 'stage_of', 'Refused',
-           'number', 'sampling_of', 'messages_of', 'usage', 'answered', 'chunk', 'following', 'streamed', 'body_of',
-           'guarded', 'app_of', 'serve_forever']
+           'number', 'sampling_of', 'likely_of', 'messages_of', 'logprobs_of', 'usage', 'answered', 'chunk',
+           'following', 'streamed', 'body_of', 'guarded', 'app_of', 'serve_forever']
 
 # %% ../nbs/07d_serve.ipynb #07d00004
 import asyncio, contextlib, hmac, json, os, queue, re, time, uuid
@@ -73,7 +73,8 @@ def stage_of(cfg:ServeConfig) -> Stage:
     place = run_adapter(cfg.out, cfg.adapter)
     engine = Engine(load_model(cfg.model, cfg.precision, place or None), load_tokenizer(cfg.model), cfg.places,
                     cfg.room, cfg.waiting)
-    return Stage(cast_of(cfg), engine, find_template(run_template(cfg.out, cfg.template)), cfg.user, cfg.new_tokens, bool(place),
+    return Stage(cast_of(cfg), engine, find_template(run_template(cfg.out, cfg.template)), cfg.user, cfg.new_tokens,
+                 bool(place),
                  int(time.time()))
 
 # %% ../nbs/07d_serve.ipynb #07d0000d
@@ -92,7 +93,7 @@ def number(body:dict, name:str, default, low:float, high:float, whole:bool=False
         raise Refused(400, f'{name} must be {"a whole number" if whole else "a number"} from {low:g} to {high:g}, not {v!r}.', name)
     return int(v) if whole else float(v)
 
-NOT_HERE = dict(n=1, logprobs=False, tools=None, functions=None, response_format=None, logit_bias=None,
+NOT_HERE = dict(n=1, tools=None, functions=None, response_format=None, logit_bias=None,
                 frequency_penalty=0,
                 presence_penalty=0, audio=None) # what is accepted only with this value
 MAX_BODY, MAX_MESSAGES = 2**20, 2000
@@ -114,6 +115,14 @@ def sampling_of(body:dict, new_tokens:int) -> tuple[Sampling, tuple[str,...]]: #
                     seed=number(body, 'seed', None, -2**63, 2**63-1, True)), tuple(stop)
 
 # %% ../nbs/07d_serve.ipynb #07d0000ex
+def likely_of(body:dict) -> int|None: # None where nothing is to be shown
+    "How many log-probabilities are wanted at each place."
+    if body.get('logprobs') not in (None, True, False): raise Refused(400, 'logprobs must be true or false.',
+                                                                      'logprobs')
+    top = number(body, 'top_logprobs', 0, 0, 20, True)
+    if top and not body.get('logprobs'): raise Refused(400, 'top_logprobs needs logprobs to be true.', 'top_logprobs')
+    return top if body.get('logprobs') else None
+
 def messages_of(body:dict) -> list[dict]: # role, text
     "The messages, each a role and a text."
     every = body.get('messages')
@@ -156,29 +165,38 @@ def request_of(self:Stage, body:dict) -> Request:
     if scene and told: s.who = replace(s.who, personas={l: f'{p}\n{scene}' for l, p in s.who.personas.items()})
     for m in every:
         if m['role'] != 'system': s.add(m['role'], m['text'])
-    return Request(_ids(self.engine.tok, s.prompt()), sampling, s.stops() + stops, on)
+    return Request(_ids(self.engine.tok, s.prompt()), sampling, s.stops() + stops, on, likely=likely_of(body))
 
 # %% ../nbs/07d_serve.ipynb #07d00013
 # how a reply ended → finish_reason
 REASONS = {'turn': 'stop', 'stop text': 'stop', 'limit': 'length', 'cancelled': 'stop'}
 
 # %% ../nbs/07d_serve.ipynb #07d00013x
+def logprobs_of(r:Request, tok, first:int=0 # from this token on
+                ) -> dict|None: # None where nobody asked
+    "How likely each token was, in OpenAI's form."
+    if r.likely is None: return None
+    def one(id, p): text = tok.decode([id]); return dict(token=text, logprob=round(p, 5), bytes=list(text.encode()))
+    return dict(refusal=None,
+                content=[one(t, p) | dict(top_logprobs=[one(*o) for o in top]) for t, p, top in r.shown[first:]])
+
 def usage(r:Request) -> dict:
     "What was read and what was said."
     return dict(prompt_tokens=len(r.prompt), completion_tokens=len(r.ids), total_tokens=len(r.prompt)+len(r.ids))
 
 # %% ../nbs/07d_serve.ipynb #07d00013y
-def answered(r:Request, name:str, id:str) -> dict:
+def answered(r:Request, name:str, id:str, tok) -> dict:
     "A reply that was waited for."
     return dict(id=id, object='chat.completion', created=int(time.time()), model=name, usage=usage(r),
-                choices=[dict(index=0, message=dict(role='assistant', content=r.text, refusal=None), logprobs=None,
+                choices=[dict(index=0, message=dict(role='assistant', content=r.text, refusal=None),
+                              logprobs=logprobs_of(r, tok),
                               finish_reason=REASONS.get(r.ended, 'stop'))])
 
 # %% ../nbs/07d_serve.ipynb #07d00013z
-def chunk(name:str, id:str, delta:dict, why:str|None=None, **more) -> str:
+def chunk(name:str, id:str, delta:dict, why:str|None=None, likely:dict|None=None, **more) -> str:
     "One event of a stream ([server-sent events](https://html.spec.whatwg.org/multipage/server-sent-events.html))."
     o = dict(id=id, object='chat.completion.chunk', created=int(time.time()), model=name,
-             choices=[dict(index=0, delta=delta, logprobs=None, finish_reason=why)]) | more
+             choices=[dict(index=0, delta=delta, logprobs=likely, finish_reason=why)]) | more
     return f'data: {json.dumps(o)}\n\n'
 
 async def following(r:Request, seconds:float, gone # an async function: whether nobody listens any more
@@ -201,13 +219,16 @@ async def following(r:Request, seconds:float, gone # an async function: whether 
     if r.ended and r.ended not in REASONS: raise Refused(500, r.ended, kind='server_error')
 
 # %% ../nbs/07d_serve.ipynb #07d00014
-async def streamed(r:Request, name:str, id:str, seconds:float, count:bool, gone):
+async def streamed(r:Request, name:str, id:str, seconds:float, count:bool, gone, tok):
     "A reply as a stream of events; an error in the middle is an event, too."
     yield chunk(name, id, dict(role='assistant', content=''))
     try:
         async with contextlib.aclosing(following(r, seconds, gone)) as said:
-            async for p in said: yield chunk(name, id, dict(content=p))
-        yield chunk(name, id, {}, REASONS.get(r.ended, 'stop'))
+            n = 0
+            async for p in said:
+                likely = logprobs_of(r, tok, n); n += len(likely['content']) if likely else 0
+                yield chunk(name, id, dict(content=p), likely=likely)
+        yield chunk(name, id, {}, REASONS.get(r.ended, 'stop'), logprobs_of(r, tok, n))
         if count: yield chunk(name, id, {}, choices=[], usage=usage(r))
     except Refused as e: yield f'data: {json.dumps(e.body)}\n\n'
     yield 'data: [DONE]\n\n'
@@ -242,10 +263,10 @@ async def chat(self:Stage, request, seconds:float=300) -> JSONResponse|Streaming
         raise Refused(400, f'{e}.', 'messages', 'context_length_exceeded') from None
     if body.get('stream'):
         count = bool((body.get('stream_options') or {}).get('include_usage'))
-        return StreamingResponse(streamed(r, name, id, seconds, count, request.is_disconnected),
+        return StreamingResponse(streamed(r, name, id, seconds, count, request.is_disconnected, self.engine.tok),
                                  media_type='text/event-stream')
     async for _ in following(r, seconds, request.is_disconnected): pass
-    return JSONResponse(answered(r, name, id))
+    return JSONResponse(answered(r, name, id, self.engine.tok))
 
 # %% ../nbs/07d_serve.ipynb #07d0001d
 @patch
