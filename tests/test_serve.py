@@ -160,3 +160,29 @@ def test_others_need_a_key(tmp_path):
     assert got.returncode == 1 and 'YOTHALIA_KEY' in got.stdout
     got = subprocess.run(COMMAND, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert got.returncode == 1 and "no run 'no-run'" in got.stdout and 'Traceback' not in got.stderr
+
+
+def test_another_engine_behind(tmp_path):
+    "The server before `transformers serve`, which does the work: greedy, it says what the own engine says; an engine that is gone is said, and nothing hangs."
+    pytest.importorskip('fastapi', reason='transformers serve needs it')
+    from yothalia.behind import Behind
+    from yothalia.chat import Sampling, Voice
+    from yothalia.engine import Request
+    from yothalia.models import load_model, load_tokenizer, resolve_model
+    from yothalia.prompts import _ids, render
+    place, port, tok = resolve_model('smollm2-135m'), free_port(), load_tokenizer('smollm2-135m')
+    p = subprocess.Popen([str(Path(sys.executable).with_name('transformers')), 'serve', place, '--port', str(port), '--dtype', 'float32'], env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(900):
+            try: urllib.request.urlopen(f'http://127.0.0.1:{port}/health', timeout=1); break
+            except OSError: assert p.poll() is None; time.sleep(.1)
+        behind, own = Behind(tok, f'http://127.0.0.1:{port}/v1', place, places=2), Voice(load_model('smollm2-135m', 'fp32'), tok)
+        rows = [next(r for r in sample_rows() if r['character'] == c) for c in CHARACTERS[:3]]
+        how = Sampling(temperature=0., guard=0, max_tokens=8)
+        asked = [behind.ask(Request(_ids(tok, render(r, tok)[0]), Sampling(**vars(how)))) for r in rows]
+        heard = [''.join(r.pieces(120)).strip() for r in asked]
+        assert heard == [''.join(own.stream(render(r, tok)[0], how)).strip() for r in rows] and all(heard)
+        assert {r.ended for r in asked} <= {'limit', 'turn'} and behind.takes_ids is False
+    finally: p.terminate(); p.wait(30)
+    gone = behind.ask(Request(_ids(tok, 'Hello'), Sampling(max_tokens=4))); assert list(gone.pieces(60)) == [] and 'engine behind' in gone.ended
+    behind.stop()

@@ -686,7 +686,10 @@ def serve(name: Annotated[str, typer.Argument(help='a run in _runs')] = 'default
           places: Annotated[int, typer.Option(min=1, max=256, help='who can be answered at once')] = 16,
           waiting: Annotated[int, typer.Option(min=1, help='who may wait')] = 64,
           room: Annotated[int, typer.Option(min=128, help='tokens of a prompt and its reply')] = 2048,
-          new_tokens: Annotated[int, typer.Option(min=1, help='of a reply, unless told otherwise')] = 256):
+          new_tokens: Annotated[int, typer.Option(min=1, help='of a reply, unless told otherwise')] = 256,
+          engine: Annotated[str, typer.Option(help='another engine that does the work: its address up to /v1')] = '',
+          engine_model: Annotated[str, typer.Option(help='name of the model there')] = '',
+          engine_adapter: Annotated[str, typer.Option(help='and of the model with the adapter')] = ''):
     "Serve the characters of a run and of cards: a page in the browser, and OpenAI's API for every other program."
     console, key = Console(force_jupyter=False), os.environ.get('YOTHALIA_KEY', '')
     with one_sentence(console):
@@ -703,7 +706,8 @@ def serve(name: Annotated[str, typer.Argument(help='a run in _runs')] = 'default
         with quiet():
             stage = stage_of(configure(ServeConfig, {k: v for k, v in more.items() if v}
                                        | dict(out=tidy(folder), cards=card, adapter=adapter,
-                user=user, places=places, waiting=waiting, room=room, new_tokens=new_tokens)))
+                user=user, places=places, waiting=waiting, room=room, new_tokens=new_tokens, engine=engine,
+                engine_model=engine_model, engine_adapter=engine_adapter)))
         from yothalia.page import Page
         of = dict(model=model_name(more['model'] or EMBEDDED), adapter=adapter_hash(run_adapter(tidy(folder), adapter)))
         console.print(f'{", ".join(stage.who)}: a page at http://{host}:{port}, the API at http://{host}:{port}/v1',

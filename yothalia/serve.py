@@ -41,6 +41,9 @@ class ServeConfig(Config):
     waiting: int = Field(64, ge=1)
     room: int = Field(2048, ge=128)
     new_tokens: int = Field(8, ge=1)
+    engine: str = ''
+    engine_model: str = ''
+    engine_adapter: str = ''
 
 # %% ../nbs/07d_serve.ipynb #07d0000b
 @dataclass
@@ -69,10 +72,14 @@ def cast_of(cfg:ServeConfig) -> dict[str,Character]: # name of the model → cha
     return who
 
 def stage_of(cfg:ServeConfig) -> Stage:
-    "The same with one model for all of them."
-    place = run_adapter(cfg.out, cfg.adapter)
-    engine = Engine(load_model(cfg.model, cfg.precision, place or None), load_tokenizer(cfg.model), cfg.places,
-                    cfg.room, cfg.waiting)
+    "The same with one model for all of them, here or behind an address."
+    place, tok, told = run_adapter(cfg.out, cfg.adapter), load_tokenizer(cfg.model), dict(places=cfg.places,
+        room=cfg.room, waiting=cfg.waiting)
+    if cfg.engine:
+        from yothalia.behind import Behind
+        engine, place = Behind(tok, cfg.engine, cfg.engine_model or model_name(cfg.model), cfg.engine_adapter,
+                               **told), cfg.engine_adapter
+    else: engine = Engine(load_model(cfg.model, cfg.precision, place or None), tok, **told)
     return Stage(cast_of(cfg), engine, find_template(run_template(cfg.out, cfg.template)), cfg.user, cfg.new_tokens,
                  bool(place),
                  int(time.time()))
