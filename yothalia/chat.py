@@ -6,7 +6,7 @@
 __all__ = ['PRESETS', 'ANSWER_IN', 'HELP', 'ChatConfig', 'Sampling', 'find_preset', 'said_again', 'next_tokens', 'next_token',
            'draw_among', 'Reply', 'held_back', 'take', 'close', 'Voice', 'Character', 'character_of',
            'character_of_card', 'language_of', 'Turn', 'Session', 'merged_turns', 'chat_cell', 'command', 'talk',
-           'opened', 'character_of_run']
+           'opened', 'character_of_run', 'held_talks', 'talk_lines', 'talk_metrics', 'talk_table']
 
 # %% ../nbs/07b_chat.ipynb #07b00004
 import json, re, time, warnings
@@ -25,7 +25,7 @@ from .prompts import *
 from .prompts import _ids
 from .cards import Card, make_card, read_card
 from .decoding import plain_config
-import torch
+import pandas as pd, torch
 
 # %% ../nbs/07b_chat.ipynb #07b00008
 class ChatConfig(Config):
@@ -35,7 +35,7 @@ class ChatConfig(Config):
     precision: PrecisionName = 'bf16'
     adapter: str = 'auto'
     template: str = 'auto'
-    character: str = ''
+    characters: list[str] = []
     card: str = ''
     user: str = Field('Alice', min_length=1)
     lines: list[str] = ['Good morning! How are you today?']
@@ -587,3 +587,41 @@ def character_of_run(out:str|Path, # the run's folder
         raise ValueError(f'{tidy(rooted(out))} has no character {name!r}: '
                          + (f'did you mean {near[0]!r}?' if near else f'there are {", ".join(names[:20])}.'))
     return character_of([r for r in rows if r['character'] == (name or names[0])])
+
+# %% ../nbs/07b_chat.ipynb #07b00026
+def held_talks(voice:Voice, cfg:ChatConfig, tuned:bool # whether the model has an adapter
+              ) -> list[tuple[str,Session]]: # (condition, the talk)
+    "What each character answers to the lines, in every condition that there is."
+    told, how = find_template(run_template(cfg.out, cfg.template)), replace(find_preset(cfg.preset),
+        max_tokens=cfg.new_tokens, seed=cfg.seed)
+    cast = [character_of_card(read_card(cfg.card), cfg.user)] if cfg.card else [character_of_run(cfg.out, n)
+        for n in cfg.characters or ['']]
+    out = [(c, Session(voice, who, cfg.user, told, how, cfg.context, on, persona)) for who in cast
+           for c, (persona, on) in CONDITIONS.items() if tuned or not on]
+    for _, s in progress(out, 'talks'):
+        for l in cfg.lines: ''.join(s.say(l))
+    return out
+
+def talk_lines(talks:list[tuple[str,Session]]) -> list[dict]:
+    "Of each talk: character, condition, turns, and how each reply ended."
+    return [dict(character=s.who.name, condition=c,
+                 turns=[dict(role=t.role, text=t.text, ended=t.ended) for t in s.path()]) for c, s in talks]
+
+def talk_metrics(lines:list[dict]) -> dict: # name → metric
+    "In each condition: how many replies ended by themselves."
+    out = {}
+    for c in dict.fromkeys(l['condition'] for l in lines):
+        ended = [t['ended'] in ('turn', 'stop text') for l in lines if l['condition'] == c for t in l['turns']
+                 if t['role'] == 'assistant']
+        out[f'{c} ended by itself'] = metric(sum(ended)/max(1, len(ended)), 'share', len(ended))
+    return out
+
+def talk_table(lines:list[dict], conditions=('prompt', 'both')) -> pd.DataFrame: # from `talk_lines`
+    "What was said, one column for each condition."
+    rows = []
+    for n in dict.fromkeys(l['character'] for l in lines):
+        of = {l['condition']: l['turns'] for l in lines if l['character'] == n}
+        some = [c for c in conditions if c in of] or list(of)
+        rows += [dict(character=n, line=of[some[0]][k]['text'], **{c: of[c][k+1]['text'] for c in some})
+                 for k, t in enumerate(of[some[0]]) if t['role'] == 'user' and k+1 < len(of[some[0]])]
+    return pd.DataFrame(rows)
