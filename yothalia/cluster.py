@@ -110,6 +110,16 @@ def _check_names(flat:dict, own:dict, known:dict):
         raise RunError('; '.join(f'unknown parameter {k!r}' + (f': did you mean {n!r}?' if (n := near(k, names))
             else f': known are {", ".join(names)}') for k, names in wrong))
 
+# %% ../nbs/06_cluster.ipynb #31bdb1d6
+def _check_away(planned:dict[str,dict]):
+    "Raise one sentence if a model behind an address is to do what it cannot, or may not be asked."
+    away = [s for s, p in planned.items() if is_api(str(p.get('model', ''))) and s not in API_STEPS]
+    if away:
+        raise RunError(f'{", ".join(away)} cannot be done with a model behind an address: leave out --steps, or choose among {", ".join(API_STEPS)}.')
+    if is_api(str((p := planned.get('04_benchmark', {})).get('model', ''))):
+        from yothalia.contestants import check_contestant
+        check_contestant(str(p.get('base_url', '')), p.get('price', []))
+
 # %% ../nbs/06_cluster.ipynb #31bdb1d7
 MIN_DISK = 2e9  # bytes that a run with the default model writes at most
 
@@ -123,13 +133,8 @@ def look_first(planned:dict[str,dict]):
         if (a := params.get('adapter')) and a != 'auto': find_adapter(a)
         for t in [params.get('template', 'auto'), *(params.get('templates') or [])]:
             if t != 'auto': find_template(str(t))
-    away = [s for s, p in planned.items() if is_api(str(p.get('model', ''))) and s not in API_STEPS]
-    if away:
-        raise RunError(f'{", ".join(away)} cannot be done with a model behind an address: leave out --steps, or choose among {", ".join(API_STEPS)}.')
+    _check_away(planned)
     for m in dict.fromkeys(p['model'] for p in planned.values() if 'model' in p): is_api(str(m)) or find_model(str(m))
-    if is_api(str((p := planned.get('04_benchmark', {})).get('model', ''))):
-        from yothalia.contestants import check_contestant
-        check_contestant(str(p.get('base_url', '')), p.get('price', []))
     for p in planned.values():
         for q in [p['precision']] if 'precision' in p and not is_api(str(p.get('model', ''))) else []:
             find_memory(str(p.get('model', EMBEDDED)), str(q))

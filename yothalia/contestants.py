@@ -116,6 +116,7 @@ def send(self:Contestant, messages:list[dict], **told): # role, content; what el
         return got.choices[0]
     raise NotOffered(str(why))
 
+# %% ../nbs/04j_contestants.ipynb #04a10010b
 @patch
 def count(self:Contestant, usage):
     "Add a request to all of them and to those of this thread."

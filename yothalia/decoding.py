@@ -63,6 +63,7 @@ def plain_config(model):
     "The configuration of a model, or of the base of a PeftModel."
     return getattr(model, 'get_base_model', lambda: model)().config
 
+# %% ../nbs/02f_decoding.ipynb #02f0000c2
 class Places(Cache):
     "The places of a model: how far each has come, and the cache of its layers."
     def __init__(self, model, places:int=16, room:int=2048 # tokens that a place holds
