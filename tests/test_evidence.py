@@ -10,7 +10,7 @@ from yothalia.cluster import JOBS, STEPS, plan, room
 ROOT = Path(__file__).parent.parent
 FOLDERS = sorted(p for p in (ROOT/'results').iterdir() if p.is_dir())
 RECORDS = [(f.name, r) for f in FOLDERS for r in load_records(f)]
-step_of = {room(s): s for s in JOBS} | {'agreement': '04h_curve'}
+step_of = {room(s): s for s in JOBS} | {'agreement': '04h_curve', 'talks': '07b_chat'}
 
 RETIRED = {'micro_batch'}  # rows at a time on the device, before there were packs: how it was computed, not what
 
