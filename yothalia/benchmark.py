@@ -311,7 +311,8 @@ def score_all(cfg:BenchmarkConfig, model, tok, qs:list[dict], mode:str, conditio
     template = told if tells else BARE
     setting = [what, cfg.max_reply, cfg.max_context, device_info()['device'],
                *(package_dir()/f'{m}.py' for m in ('benchmark', 'scoring', 'prompts'))]
-    key = content_hash(setting, (cfg.temperature, cfg.seed) if mode == 'generate' else 0)
+    key = content_hash(setting, (cfg.temperature, cfg.seed) if mode == 'generate' else 0,
+                       *([cfg.base_url] if is_api(cfg.model) else []))
     prior = rooted(cfg.out)/'priors'/f"{qs[0]['track']}-{what['questions_hash']}-{'adapter' if on else 'base'}.jsonl", key_of_prior(setting, on)
     with switched(model, on):
         known = None if known is None else known.setdefault(on, {})
