@@ -44,6 +44,7 @@ class LoraConfig(Config):
     variant: Literal['plain', 'rslora', 'dora'] = 'plain'
     ratio: float = Field(1.0, gt=0, le=100)
     dropout: float = Field(0.0, ge=0, lt=1)
+    fp8: bool = False
     max_tokens: int = Field(0, ge=0)
     template: str = 'auto'
     persona_share: float = Field(0.7, ge=0, le=1)
@@ -232,7 +233,7 @@ def _span(seconds:float) -> str: return f'{seconds:.0f} s' if seconds < 100 else
 def told(cfg:LoraConfig) -> Told:
     "What the training is told of a room's parameters."
     return Told(**{k: getattr(cfg, k) for k in ('batch', 'epochs', 'learning_rate', 'ratio', 'evals', 'pack_tokens',
-                                                'seed')})
+                                                'fp8', 'seed')})
 
 def finished(training:Training) -> int: # the step that was taken up
     "Train to the end; a full disk is said in one sentence."
