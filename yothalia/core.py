@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['SECRET', 'project_root', 'rooted', 'package_dir', 'tidy', 'ConfigError', 'Config', 'nearest', 'refuse_secrets',
-           'parameters_in', 'configure', 'CoreConfig', 'seed_everything', 'atomic', 'write_jsonl', 'read_jsonl',
-           'content_hash', 'file_sha256', 'seal', 'sealed', 'device_info', 'world', 'stop_asked', 'site_file',
-           'run_info', 'Metric', 'metric', 'save_record', 'load_records', 'record_table', 'progress', 'tell_progress']
+           'parameters_in', 'configure', 'CoreConfig', 'seed_everything', 'atomic', 'uncollected', 'write_jsonl',
+           'read_jsonl', 'content_hash', 'file_sha256', 'seal', 'sealed', 'device_info', 'world', 'stop_asked',
+           'site_file', 'run_info', 'Metric', 'metric', 'save_record', 'load_records', 'record_table', 'progress',
+           'tell_progress']
 
 # %% ../nbs/00_core.ipynb #6d0c227c
-import difflib, hashlib, importlib, json, os, platform, random, re, shutil, subprocess
+import difflib, gc, hashlib, importlib, json, os, platform, random, re, shutil, subprocess
 from collections import Counter
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -131,6 +132,15 @@ def atomic(path:str|Path # the file or folder that shall appear
     finally:
         if tmp.is_dir(): shutil.rmtree(tmp, ignore_errors=True)
         else: tmp.unlink(missing_ok=True)
+
+# %% ../nbs/00_core.ipynb #00gc0002
+@contextmanager
+def uncollected():
+    "Collect garbage, and then none until the block ends."
+    gc.collect(); on = gc.isenabled(); gc.disable()
+    try: yield
+    finally:
+        if on: gc.enable()
 
 # %% ../nbs/00_core.ipynb #43707307
 def write_jsonl(path:str|Path, # file to write, whole or not at all

@@ -146,7 +146,7 @@ class Recorded:
             for _ in range(2): self.work()  # kernels are chosen or compiled at first sight
         torch.cuda.current_stream().wait_stream(beside); torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.d.pool): self.work()
+        with uncollected(), torch.cuda.graph(graph, pool=self.d.pool): self.work()
         return graph.replay
 
     def work(self): # leaves (places, vocabulary) logits

@@ -126,8 +126,8 @@ class _Frozen8:
 
     def there(self, x):
         now = x.data_ptr(), x.shape, x._version  # the same memory, and nothing was written to it in between
-        # kept, lest its memory is used again
-        if not self.seen or self.seen[0] != now: self.seen[:] = now, scale_rows(x), x
+        # kept, lest its memory is used again; without the graph that it came from
+        if not self.seen or self.seen[0] != now: self.seen[:] = now, scale_rows(x), x.detach()
         return fp8_product(self.seen[1], self.rows, self.bias)
 
     def back(self, up): return fp8_product(scale_rows(up), self.columns)

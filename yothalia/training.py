@@ -241,7 +241,7 @@ class Captured:
             for _ in range(2): work()
         torch.cuda.current_stream().wait_stream(beside); torch.cuda.synchronize()
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=training.pool.id, stream=beside): work()
+        with uncollected(), torch.cuda.graph(self.graph, pool=training.pool.id, stream=beside): work()
         training.flat.sum.copy_(keep[0]); training.loss.copy_(keep[1])
 
     def __call__(self, p:Packed, total:int):
