@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest, yaml
 
 from yothalia.core import configure, load_records
-from yothalia.cluster import JOBS, STEPS, plan, room
+from yothalia.cluster import JOBS, STEPS, check_values, plan, room
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = sorted(p for p in (ROOT/'results').iterdir() if p.is_dir())
@@ -13,6 +13,12 @@ RECORDS = [(f.name, r) for f in FOLDERS for r in load_records(f)]
 step_of = {room(s): s for s in JOBS} | {'agreement': '04h_curve', 'talks': '07b_chat'}
 
 RETIRED = {'micro_batch'}  # rows at a time on the device, before there were packs: how it was computed, not what
+
+
+@pytest.mark.parametrize('recipe', sorted((ROOT/'runs').glob('*.yml')), ids=lambda p: p.stem)
+def test_recipe(recipe):
+    "Nothing in a recipe would be refused."
+    check_values(plan(yaml.safe_load(recipe.read_text()), [], []))
 
 
 def test_there_are_records_of_every_step(): assert {r['what']['step'] for n, r in RECORDS if n == 'sample'} >= set(map(room, STEPS))

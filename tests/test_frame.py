@@ -1,5 +1,5 @@
 """Notebooks and modules agree, notebooks are clean, and importing is quick."""
-import importlib, json, re, shutil, subprocess, sys
+import ast, importlib, json, re, shutil, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -68,6 +68,19 @@ def test_defaults(path):
     if not hasattr(module, config[1]): return  # a room of lessons keeps its configuration to itself
     fields = {k: v.get_default(call_default_factory=True) for k, v in getattr(module, config[1]).model_fields.items()}
     assert names == fields, {k: (names.get(k), fields.get(k)) for k in names.keys() | fields.keys() if names.get(k) != fields.get(k)}
+
+
+@pytest.mark.parametrize('path', [p for p in NOTEBOOKS if p.name[:2].isdigit()], ids=lambda p: p.name)
+def test_run_needs_no_lesson(path):
+    "A run leaves the lessons out: what is left defines all that it uses."
+    from pyflakes.checker import Checker
+    from pyflakes.messages import UndefinedName
+    from yothalia.cluster import without_lessons
+    left = [source(c) for c in without_lessons(json.loads(path.read_text(encoding='utf-8')))['cells']
+            if c['cell_type'] == 'code' and 'skip-execution' not in c['metadata'].get('tags', [])]
+    lines = ('pass' if l.startswith(('%', '!')) else l for s in left for l in s.splitlines())
+    found = [m for m in Checker(ast.parse('\n'.join(lines))).messages if isinstance(m, UndefinedName)]
+    assert not found, f'defined in no cell that a run executes: {[m.message_args[0] for m in found]}'
 
 
 def test_import_is_quick_and_needs_no_torch():
