@@ -77,7 +77,7 @@ def begin(self:Behind, r:Request): # a stream of events
     "Ask the engine to continue the prompt."
     import openai
     s, bos = r.sampling, self.tok.bos_token_id
-    told = dict(model=self.names[r.on], max_tokens=s.max_tokens, temperature=s.temperature, top_p=s.top_p, stream=True)
+    told = dict(model=self.names.get(r.on, r.on), max_tokens=s.max_tokens, temperature=s.temperature, top_p=s.top_p, stream=True)
     if s.seed is not None: told['seed'] = s.seed
     if r.stops: told['stop'] = list(r.stops[:4])
     text = self.tok.decode(r.prompt[1:] if r.prompt[0] == bos and self.tok('x')['input_ids'][0] == bos else r.prompt)

@@ -7,7 +7,7 @@ __all__ = ['STEPS', 'JOBS', 'API_STEPS', 'MIN_DISK', 'SAID', 'ABOUT', 'app', 'ro
            'notebook_parameters', 'plan', 'known_steps', 'look_first', 'check_values', 'step_keys', 'done_mark',
            'is_done', 'without_lessons', 'run_notebook', 'run_all', 'findings', 'show_frame', 'summary_figure',
            'show_results', 'run', 'check', 'results', 'one_sentence', 'export_config', 'export', 'verify', 'push',
-           'card', 'chat', 'serve']
+           'card', 'chat', 'named_values', 'serve']
 
 # %% ../nbs/06_cluster.ipynb #64c1528f
 import ast, json, os, re, shutil, tempfile, threading, time
@@ -679,6 +679,16 @@ def chat(where: Annotated[str, typer.Argument(help='a run, a card, or an adapter
         if s.turns: console.print(f'\nSaved as {tidy(place)}: yothalia chat {where} --log {tidy(place)} goes on.',
                                   markup=False, style='dim', soft_wrap=True)
 
+# %% ../nbs/06_cluster.ipynb #06e00007n
+def named_values(given:list[str]) -> dict[str,str]: # each NAME=VALUE
+    "What was given by name; a `RunError` where there is no name or nothing behind it."
+    out = {}
+    for g in given:
+        name, _, value = g.partition('=')
+        if not name.strip() or not value.strip(): raise RunError(f'{g!r} is not NAME=VALUE')
+        out[name.strip()] = value.strip()
+    return out
+
 # %% ../nbs/06_cluster.ipynb #06e00008
 @app.command()
 def serve(name: Annotated[str, typer.Argument(help='a run in _runs')] = 'default',
@@ -688,6 +698,7 @@ def serve(name: Annotated[str, typer.Argument(help='a run in _runs')] = 'default
           model: Annotated[str, typer.Option(help='else the one that was trained, or the default')] = '',
           precision: Annotated[str, typer.Option(help='fp32, bf16, int8, nf4, …; else as it was trained')] = '',
           adapter: Annotated[str, typer.Option(help="a folder, or empty for none; else the run's own")] = 'auto',
+          adapter_of: Annotated[list[str], typer.Option(help='an adapter of its own for a character, NAME=FOLDER or NAME=RUN; several by several --adapter-of')] = [],
           user: Annotated[str, typer.Option(help='what the characters call those who talk to them')] = 'User',
           places: Annotated[int, typer.Option(min=1, max=256, help='who can be answered at once')] = 16,
           waiting: Annotated[int, typer.Option(min=1, help='who may wait')] = 64,
@@ -713,9 +724,10 @@ def serve(name: Annotated[str, typer.Argument(help='a run in _runs')] = 'default
             stage = stage_of(configure(ServeConfig, {k: v for k, v in more.items() if v}
                                        | dict(out=tidy(folder), cards=card, adapter=adapter,
                 user=user, places=places, waiting=waiting, room=room, new_tokens=new_tokens, engine=engine,
-                engine_model=engine_model, engine_adapter=engine_adapter)))
+                engine_model=engine_model, engine_adapter=engine_adapter, adapters=named_values(adapter_of))))
         from yothalia.page import Page
-        of = dict(model=model_name(more['model'] or EMBEDDED), adapter=adapter_hash(run_adapter(tidy(folder), adapter)))
+        of = dict(model=model_name(more['model'] or EMBEDDED), adapter=adapter_hash(run_adapter(tidy(folder), adapter)),
+                  wears=stage.wears)
         console.print(f'{", ".join(stage.who)}: a page at http://{host}:{port}, the API at http://{host}:{port}/v1',
                       markup=False,
                       highlight=False, soft_wrap=True)

@@ -69,22 +69,28 @@ class Places(Cache):
     def __init__(self, model, places:int=16, room:int=2048 # tokens that a place holds
                 ):
         self.places, self.room, self.lengths, self.device = places, room, [], model.device
+        self.names = []  # of the adapters they wear
         n = plain_config(model).get_text_config().num_hidden_layers
         super().__init__(layers=[PlaceLayer(self) for _ in range(n)])
 
-    def add(self, cache:DynamicCache, tokens:list[int]): # how many of each are its own; what is behind them is never looked at
+    # how many tokens of each are its own (what is behind them is never looked at), and what it wears
+    def add(self, cache:DynamicCache, tokens:list[int], names:list|None=None):
         "Let newcomers sit down."
         for mine, new in zip(self.layers, cache.layers): mine.put(len(self.lengths), new.keys, new.values)
-        self.lengths += tokens
+        self.lengths += tokens; self.names += names or [None]*len(tokens)
 
     def free(self, place:int):
         "Give a place up; whoever sits on the last one moves there."
         last = len(self.lengths)-1
         if place != last:
-            n = self.lengths[last]; self.lengths[place] = n
+            n = self.lengths[last]; self.lengths[place], self.names[place] = n, self.names[last]
             for l in self.layers:
                 for t in (l.keys, l.values): t[place, :, :n] = t[last, :, :n]
-        self.lengths.pop()
+        self.lengths.pop(); self.names.pop()
+
+    def clear(self):
+        "Everybody leaves."
+        self.lengths.clear(); self.names.clear()
 
     def next_step(self) -> dict: # what the model is told beside the tokens
         "Each occupied place gets one token more."
@@ -103,26 +109,35 @@ def recordable(model) -> bool:
 
 class Decoder:
     "A model, the places of its replies, and their next step."
-    def __init__(self, model, places:int=16, room:int=2048, on:bool=True # tokens that a place holds; whether the adapter acts
+    def __init__(self, model, places:int=16, room:int=2048, # tokens that a place holds
+                 on:bool=True, # whether the model's adapter acts
+                 adapters=None # instead: those of `02g_adapters`, one for each place
                 ):
         self.model, self.on, self.table, self.recorded = model, on, Places(model, places, room), {}
-        self.record = recordable(model)
+        self.record, self.adapters = recordable(model), adapters
         self.pool = torch.cuda.graph_pool_handle() if self.record else None
-        if self.record and hasattr(model, 'disable_adapter'): fuse(model)
+        if self.record and not adapters and hasattr(model, 'disable_adapter'): fuse(model)
+
+    def dressed(self, worn # a name or None for each, or what was made of them
+               ):
+        "A context in which each wears what it shall."
+        if not self.adapters: return switched(self.model, self.on)
+        return self.adapters.worn(worn if torch.is_tensor(worn) else self.adapters.wear(worn).to(self.model.device))
 
 # %% ../nbs/02f_decoding.ipynb #02f00011x
 @patch
-def seat(self:Decoder, prompts:list[list[int]]) -> torch.Tensor: # (prompts, vocabulary) logits of what comes next
+def seat(self:Decoder, prompts:list[list[int]], names:list|None=None # of the adapters they wear
+        ) -> torch.Tensor: # (prompts, vocabulary) logits of what comes next
     "Read several prompts in one pass, and give each a place."
     sizes = [len(p) for p in prompts]; ends = sorted(set(sizes))
     ids, cache = torch.zeros(len(prompts), max(sizes), dtype=torch.long), DynamicCache(config=plain_config(self.model))
     for row, p in zip(ids, prompts): row[:len(p)] = torch.tensor(p)
     mask = (torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]).long() if len(ends) > 1 else None
     here = lambda t: t if t is None else t.to(self.model.device)
-    with switched(self.model, self.on):
+    with self.dressed(names or [None]*len(prompts)):
         out = self.model(input_ids=here(ids), attention_mask=here(mask), past_key_values=cache, use_cache=True,
                          logits_to_keep=here(torch.tensor([n-1 for n in ends])))
-    self.table.add(cache, sizes)
+    self.table.add(cache, sizes, names)
     return out.logits[torch.arange(len(prompts)), torch.tensor([ends.index(n) for n in sizes])]
 
 # %% ../nbs/02f_decoding.ipynb #02f00012
@@ -130,7 +145,8 @@ def seat(self:Decoder, prompts:list[list[int]]) -> torch.Tensor: # (prompts, voc
 def plain_step(self:Decoder, tokens:list[int]) -> torch.Tensor: # one of each occupied place; (occupied, vocabulary) logits
     "Everybody's next token, operation by operation."
     ids = torch.tensor(tokens, device=self.model.device)[:, None]
-    with switched(self.model, self.on): return self.model(input_ids=ids, **self.table.next_step()).logits[:, -1]
+    with self.dressed(self.table.names):
+        return self.model(input_ids=ids, **self.table.next_step()).logits[:, -1]
 
 # %% ../nbs/02f_decoding.ipynb #02f00018
 class Recorded:
@@ -138,6 +154,7 @@ class Recorded:
     def __init__(self, d:Decoder, now:torch.Tensor, upto:int): # (2, places): tokens, and how far each place has come
         self.d, self.upto, self.now = d, upto, now.to(d.model.device)
         self.rows, self.tokens = (torch.arange(n, device=d.model.device) for n in (now.shape[1], upto))
+        self.worn = d.adapters and d.adapters.wear([None]*now.shape[1]).to(d.model.device)
         self.replay = self.capture()
 
     def capture(self): # what runs the step again
@@ -153,12 +170,15 @@ class Recorded:
         t, (ids, lengths) = self.d.table, self.now
         t.rows, t.at, t.upto = self.rows, lengths, self.upto
         seen = self.tokens <= lengths[:, None]
-        with switched(self.d.model, self.d.on):
+        with self.d.dressed(self.worn):
             self.out = self.d.model(input_ids=ids[:, None], position_ids=lengths[:, None], past_key_values=t,
                                     attention_mask=seen[:, None, None], use_cache=True).logits[:, -1]
 
-    def __call__(self, now:torch.Tensor) -> torch.Tensor: # (places, vocabulary), until the next step
-        self.now.copy_(now); self.replay(); return self.out
+    def __call__(self, now:torch.Tensor, names:list # of the adapters that the occupied places wear
+                ) -> torch.Tensor: # (places, vocabulary), until the next step
+        self.now.copy_(now)
+        if self.worn is not None: self.worn[:len(names)] = self.d.adapters.wear(names).to(self.worn.device)
+        self.replay(); return self.out
 
 # %% ../nbs/02f_decoding.ipynb #02f0001a
 def recorded_size(lengths:list[int], places:int, room:int # how far the occupied places have come; of the table
@@ -175,7 +195,7 @@ def step(self:Decoder, tokens:list[int]) -> torch.Tensor: # one of each occupied
     now = torch.zeros(2, places, dtype=torch.long); now[:, :n] = torch.tensor([tokens, t.lengths])
     if size not in self.recorded: self.recorded[size] = Recorded(self, now, upto)
     t.lengths = [k+1 for k in t.lengths]
-    return self.recorded[size](now)[:n]
+    return self.recorded[size](now, t.names)[:n]
 
 # %% ../nbs/02f_decoding.ipynb #02f00021
 @torch.inference_mode()

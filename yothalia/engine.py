@@ -18,6 +18,7 @@ from .models import *
 from .prompts import *
 from .prompts import _ids
 from .decoding import Decoder, recordable
+from .adapters import side_by_side
 from .chat import Sampling, find_preset, close, next_tokens, take
 import numpy as np, torch
 
@@ -41,7 +42,7 @@ class Request:
     prompt: list                 # ids
     sampling: Sampling
     stops: tuple = ()            # texts that end it
-    on: bool = True              # whether the adapter acts
+    on: bool|str = True          # whether the adapter acts, or the name of the one that does
     ids: list = field(default_factory=list)  # of the reply so far
     text: str = ''
     ended: str = ''              # 'turn', 'stop text', 'limit', 'cancelled', or an error's sentence
@@ -105,14 +106,18 @@ class Engine:
         ends = model.generation_config.eos_token_id
         self.ends = set(ends if isinstance(ends, list) else [ends]) | {tok.eos_token_id}
         self.waiting, self.stopping, self.steps, self.tokens = queue.Queue(waiting), threading.Event(), 0, 0
-        # the seated, in the order of their places
-        self.tables = {on: (Decoder(model, places, room, on), []) for on in (True, False)}
+        self.adapters, many = side_by_side(model), hasattr(model, 'disable_adapter')
+        # the seated, in the order of their places; one table for all, or one each for those with the adapter and without
+        self.tables = {on: (Decoder(model, places, room, on, self.adapters), [])
+                       for on in ((True, False) if many and not self.adapters else (True,))}
         self.thread = threading.Thread(target=self.run, daemon=True, name='engine'); self.thread.start()
 
     def ask(self, r:Request) -> Request:
         "Put a request into the queue; a `ValueError` if it can't be answered, `queue.Full` if too many wait."
         if self.stopping.is_set(): raise ValueError('the engine has stopped')
         if not r.prompt: raise ValueError('there is no prompt')
+        if isinstance(r.on, str) and not self.adapters: raise ValueError(f'there is no adapter {r.on!r}')
+        if self.adapters: self.adapters.wear([r.on])
         if len(r.prompt) + 1 > self.room:
             raise ValueError(f'the prompt has {len(r.prompt):,} tokens, and a place holds {self.room:,}')
         r.sampling.max_tokens = min(r.sampling.max_tokens, self.room - len(r.prompt))
@@ -141,7 +146,7 @@ def newcomers(self:Engine, busy:bool, most:int=1024 # whether somebody is being 
 def seat(self:Engine, on:bool, those:list[Request]):
     "Read newcomers' prompts in one pass, and draw a first token for each."
     decoder, seated = self.tables[on]
-    logits = decoder.seat([r.prompt for r in those]); seated += those
+    logits = decoder.seat([r.prompt for r in those], [r.on for r in those]); seated += those
     self.heard(on, logits, len(seated)-len(those))
 
 @patch
@@ -156,7 +161,7 @@ def heard(self:Engine, on:bool, logits, first:int): # (replies, vocabulary), of 
 # %% ../nbs/07c_engine.ipynb #07c00013x
 @patch
 def step(self:Engine, on:bool):
-    "A token for everybody who speaks with the adapter, or without."
+    "A token for everybody at a table."
     decoder, seated = self.tables[on]
     logits = decoder.step([r.ids[-1] for r in seated])
     self.steps += 1; self.tokens += len(seated)
@@ -178,7 +183,7 @@ def run(self:Engine):
             busy = any(s for _, s in self.tables.values())
             new = [] if self.stopping.is_set() else self.newcomers(busy)
             for on, (_, seated) in self.tables.items():
-                if those := [r for r in new if r.on == on]: self.let_in(on, those)
+                if those := [r for r in new if len(self.tables) == 1 or r.on == on]: self.let_in(on, those)
                 if seated: self.attempt(lambda: self.step(on), list(seated), on)
         while not self.waiting.empty(): self.waiting.get_nowait().end('the engine has stopped')
 
@@ -197,4 +202,4 @@ def attempt(self:Engine, what, those:list[Request], on:bool|None=None):
     except Exception as e:
         for r in those:
             if not r.ended: r.end(f'{type(e).__name__}: {e}')
-        if on is not None: decoder, seated = self.tables[on]; seated.clear(); decoder.table.lengths.clear()
+        if on is not None: decoder, seated = self.tables[on]; seated.clear(); decoder.table.clear()

@@ -338,13 +338,14 @@ def weight_tensors(model # with or without adapter
 
 # %% ../nbs/00a_models.ipynb #80f85397
 def load_adapter(model, # a base model
-                 adapter:str|Path # the adapter's folder
+                 adapter:str|Path, # the adapter's folder
+                 name:str='default' # what the model calls it
                 ):
     "Put a saved LoRA adapter on a loaded base model; safetensors only."
     from peft import PeftModel
     find_adapter(str(adapter))
     # in the model's precision, not in fp32: a quarter faster
-    with quiet(): return PeftModel.from_pretrained(model, str(rooted(adapter)), autocast_adapter_dtype=False)
+    with quiet(): return PeftModel.from_pretrained(model, str(rooted(adapter)), name, autocast_adapter_dtype=False)
 
 # %% ../nbs/00a_models.ipynb #4fab7d7a
 def switched(model, on:bool # whether the adapter shall act

@@ -160,8 +160,15 @@ async function duel() {
 
 # %% ../nbs/07f_page.ipynb #07f0000e4
 JS_BEGIN = r'''
+function versions(c) {
+  for (const i of ['how', 'one', 'two']) {
+    const had = $(i).value; $(i).replaceChildren(...c.conditions.map(([v, t]) => new Option(t, v)));
+    if (c.conditions.some(([v]) => v === had)) $(i).value = had; else if (i === 'two') $(i).selectedIndex = c.conditions.length - 1;
+  }
+  $('blind').disabled = c.conditions.length < 2;
+}
 function fresh() {
-  const c = me(); turns = c.greeting ? [{role: 'assistant', tries: [c.greeting], at: 0}] : []; talk = Array.from(crypto.getRandomValues(new Uint8Array(6)), x => x.toString(16).padStart(2, '0')).join('');
+  const c = me(); versions(c); turns = c.greeting ? [{role: 'assistant', tries: [c.greeting], at: 0}] : []; talk = Array.from(crypto.getRandomValues(new Uint8Array(6)), x => x.toString(16).padStart(2, '0')).join('');
   $('picture').hidden = !c.picture; if (c.picture) { $('picture').src = c.picture; $('picture').alt = c.name }
   $('wrong').textContent = ''; draw();
 }
@@ -175,8 +182,6 @@ $('line').onkeydown = e => { if (e.key === 'Enter' && !e.shiftKey && !e.isCompos
 $('stop').onclick = () => stopper && stopper.abort(); $('who').onchange = fresh; $('fresh').onclick = fresh; $('blind').onchange = () => $('pair').hidden = !$('blind').checked;
 ask('/page/who').then(r => r.json()).then(o => {
   cast = o.characters; cast.forEach(c => $('who').append(new Option(c.name, c.id)));
-  for (const i of ['how', 'one', 'two']) o.conditions.forEach(([v, t]) => $(i).append(new Option(t, v)));
-  $('how').value = o.conditions[0][0]; $('two').selectedIndex = o.conditions.length - 1; if (o.conditions.length < 2) $('blind').disabled = true;
   fresh(); $('line').focus();
 }).catch(wrong);
 '''
@@ -194,7 +199,8 @@ class Page:
 @patch
 def conditions(self:Page) -> list[str]:
     "What can be talked to: the best first."
-    return [c for c in ('both', 'prompt', 'lora', 'base') if self.stage.adapter or not CONDITIONS[c][1]]
+    every = {c for name in self.stage.who for c in self.stage.conditions(name)}
+    return [c for c in SAID if c in every][::-1]
 
 @patch
 async def who(self:Page, request) -> JSONResponse:
@@ -202,9 +208,8 @@ async def who(self:Page, request) -> JSONResponse:
     def one(id, c):
         greeting = next((g[0] for g in c.greetings.values() if g), '')
         return dict(id=id, name=c.name, greeting=greeting,
-                    picture=f'page/picture/{id}')
-    return JSONResponse(dict(characters=[one(id, c) for id, c in self.stage.who.items()],
-                             conditions=[(c, SAID[c]) for c in self.conditions()]))
+                    picture=f'page/picture/{id}', conditions=[(v, SAID[v]) for v in self.stage.conditions(id)])
+    return JSONResponse(dict(characters=[one(id, c) for id, c in self.stage.who.items()]))
 
 @patch
 async def picture(self:Page, request) -> Response:
