@@ -162,6 +162,42 @@ def test_others_need_a_key(tmp_path):
     assert got.returncode == 1 and "no run 'no-run'" in got.stdout and 'Traceback' not in got.stderr
 
 
+def test_adapters_of_their_own(tmp_path):
+    "Two characters with an adapter each and one without, in one server: each speaks by its own, and a wrong name is said at once."
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from yothalia.models import load_model
+    for k, c in enumerate(CHARACTERS[2:]):
+        torch.manual_seed(k)
+        m = get_peft_model(load_model('smollm2-135m', 'fp32'), LoraConfig(task_type='CAUSAL_LM', target_modules='all-linear', r=4+k), autocast_adapter_dtype=False)
+        for n, p in m.named_parameters():
+            if 'lora_B' in n: p.data.normal_(std=.3)
+        m.save_pretrained(tmp_path/c)
+    port = free_port()
+    cards = [a for c in CHARACTERS[1:] for a in ('--card', str(make_card([r for r in sample_rows() if r['character'] == c]).save(tmp_path/f'{c}.png')))]
+    own = [a for c, w in zip(CHARACTERS[2:], WHO[2:]) for a in ('--adapter-of', f'{w}={tmp_path/c}')]
+    got = subprocess.run([*COMMAND, *cards, '--adapter-of', 'baba-yag=x', '--port', str(port)], env=ENV, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert got.returncode == 1 and "did you mean 'baba-yaga'" in got.stdout and 'Traceback' not in got.stderr
+    p = subprocess.Popen([*COMMAND, *cards, *own, '--port', str(port), '--room', '1024'], env=ENV, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        for _ in range(900):
+            try: urllib.request.urlopen(f'http://127.0.0.1:{port}/health', timeout=1); break
+            except OSError:
+                assert p.poll() is None, p.stdout.read()
+                time.sleep(.1)
+        client = openai.OpenAI(base_url=f'http://127.0.0.1:{port}/v1', api_key='x', max_retries=0)
+        say = lambda model: ask(client, model=model, temperature=0).choices[0].message.content
+        from concurrent.futures import ThreadPoolExecutor
+        names = [f'{w}@{c}' for w in WHO[2:] for c in ('prompt', 'both')] + ['brasswick']
+        with ThreadPoolExecutor(5) as pool: said = dict(zip(names, pool.map(say, names)))
+        assert len({said[n] for n in names if n.endswith('@both')} | {said[n] for n in names if n.endswith('@prompt')}) == 4
+        assert say('baba-yaga') == say('baba-yaga@both') == said['baba-yaga@both'] and say('brasswick@prompt') == said['brasswick']
+        with pytest.raises(openai.NotFoundError, match='known are prompt, base'): say('brasswick@both')
+        who = json.loads(urllib.request.urlopen(f'http://127.0.0.1:{port}/page/who').read())['characters']
+        assert {c['id']: len(c['conditions']) for c in who} == dict(zip(WHO[1:], (2, 4, 4)))
+    finally: p.kill()
+
+
 def test_another_engine_behind(tmp_path):
     "The server before `transformers serve`, which does the work: greedy, it says what the own engine says; an engine that is gone is said, and nothing hangs."
     pytest.importorskip('fastapi', reason='transformers serve needs it')

@@ -29,7 +29,7 @@ from .rows import DataError
 STEPS = ('01_data', '02_lora', '03_quantization', '04_benchmark', '05_profiling')
 JOBS = (STEPS[0], '04f_templates', '02e_rate', *STEPS[1:4], '04d_validity', '04e_specificity', '04g_replies',
         # what it can do
-        '04h_curve', '04i_sweep', *STEPS[4:], '05a_export', '02d_speed', '02f_decoding', '07b_chat', '07c_engine',
+        '04h_curve', '04i_sweep', *STEPS[4:], '05a_export', '02d_speed', '02f_decoding', '02g_adapters', '07b_chat', '07c_engine',
         '07e_load')
 API_STEPS = ('01_data', '04_benchmark') # what can be done with a model that can only be asked
 

@@ -187,7 +187,8 @@ def request_of(self:Stage, body:dict) -> Request:
         raise Refused(404, f'There is no character {name!r}' + (f': did you mean {near[0]!r}?' if near
             else '; /v1/models lists them.'), 'model', 'model_not_found')
     if condition not in self.conditions(name):
-        raise Refused(404, f'{condition!r} is not served: known are {", ".join(self.conditions(name))}.', 'model', 'model_not_found')
+        raise Refused(404, f'{condition!r} is not served: known are {", ".join(self.conditions(name))}.', 'model',
+                      'model_not_found')
     told, on = CONDITIONS[condition]; on = on and own
     (sampling, stops), every = sampling_of(body, self.new_tokens), messages_of(body)
     s = Session(Voice(self.engine.model, self.engine.tok), self.who[name], self.user, self.template, sampling,
