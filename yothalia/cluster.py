@@ -663,13 +663,17 @@ def chat(where: Annotated[str, typer.Argument(help='a run, a card, or an adapter
          template: Annotated[str, typer.Option(help='how the persona is told')] = 'auto',
          preset: Annotated[str, typer.Option(help='greedy, calm, lively or wild')] = 'lively',
          new_tokens: Annotated[int, typer.Option(help='of a reply, at most')] = 256,
+         context: Annotated[int, typer.Option(min=128, help='tokens of a prompt and its reply')] = 2048,
+         summarise: Annotated[bool, typer.Option(help='sum up turns that no longer fit, instead of dropping them')] = False,
          log: Annotated[str, typer.Option(help='a saved talk to go on with')] = ''):
     "Talk to a character in the terminal."
     console = Console(force_jupyter=False)
     with one_sentence(console):
         from yothalia.chat import opened, talk
         from yothalia.models import quiet
-        with quiet(): s, place = opened(where, character, user, model, precision, template, preset, new_tokens, adapter)
+        with quiet():
+            s, place = opened(where, character, user, model, precision, template, preset, new_tokens, adapter, context,
+                              summarise=summarise)
         if log: s.load(log); place = rooted(log)
         console.print(f'{s.who.name}. /help lists what can be done, Ctrl-D ends.', style='dim')
         try: import readline  # history and editing, where there is a terminal that can
