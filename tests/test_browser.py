@@ -133,3 +133,42 @@ def test_run_all_in_jupyterlab(browser, lab, name):
     assert not errors, errors
     assert all(c['execution_count'] for c in cells), f'not every cell was run ({took:.0f} s)'
     print(f'{name}: {took:.0f} s')
+
+
+CHAT = '''from yothalia.chat import *
+from yothalia.data import sample_rows
+from yothalia.models import *
+from dataclasses import replace
+who = character_of([r for r in sample_rows() if r['character'] == 'queen-of-hearts'])
+s = Session(Voice(load_model('smollm2-135m', 'fp32'), load_tokenizer('smollm2-135m')), who, 'Alice', sampling=replace(find_preset('lively'), max_tokens=40, seed=1))
+chat_cell(s, 'talk.jsonl');'''
+
+
+def test_chat_cell_in_jupyterlab(browser, lab):
+    "A talk in a cell: the answer is seen growing, another try stands beside it, and the saved notebook can be read without a kernel."
+    import nbformat
+    box, url = lab
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(CHAT)], metadata=dict(kernelspec=dict(name='python3', display_name='Python 3', language='python'))), box/'chat.ipynb')
+    page = browser.new_page(viewport=dict(width=1200, height=900))
+    for attempt in range(30):
+        try: page.goto(f'{url}/lab/tree/chat.ipynb?token=test&reset', timeout=60_000); break
+        except playwright.Error: time.sleep(1)
+    page.wait_for_selector('.jp-NotebookPanel .jp-CodeCell', timeout=90_000)
+    page.wait_for_function('document.querySelector("#jp-main-statusbar")?.innerText.includes("| Idle")', timeout=90_000)
+    page.click('text="Run"'); page.click('text="Run All Cells"')
+    line = page.wait_for_selector('.jp-OutputArea input[type=text]', timeout=120_000)
+    said = lambda: page.evaluate('document.querySelector(".jp-OutputArea-output.jp-RenderedHTML").innerText')
+    hello = said(); assert hello.strip(), 'no greeting'
+    line.fill('May I have a tart?'); line.press('Enter')
+    seen = set()
+    for _ in range(600):
+        seen.add(said()); page.wait_for_timeout(100)
+        if len(seen) > 3 and line.is_enabled(): break
+    assert len({s for s in seen if s.startswith(hello) and 'tart' in s}) > 3, 'the answer was not seen growing'
+    page.click('text=↻ again'); page.wait_for_function('document.body.innerText.includes("try 2 of 2")', timeout=60_000)
+    page.wait_for_timeout(1000); page.click('.jp-OutputArea button:has-text("good")'); page.wait_for_function('document.querySelector(".jp-OutputArea-output.jp-RenderedHTML").innerText.includes("· good")', timeout=30_000)
+    shot(page, 'lab-chat')
+    page.click('text="File"'); page.click('text="Save Notebook"'); page.wait_for_timeout(2000)
+    page.click('text="Kernel"'); page.click('text="Shut Down Kernel"'); page.wait_for_timeout(1000); page.close()
+    html = json.dumps(json.loads((box/'chat.ipynb').read_text())['cells'][0]['outputs'], ensure_ascii=False)
+    assert 'May I have a tart?' in html and 'try 2 of 2' in html and (box/'talk.jsonl').exists()

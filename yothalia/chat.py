@@ -362,7 +362,8 @@ def sum_up(self:Session, path:list[Turn], keep:int): # so many turns before the 
     gone = [f'{self.user if t.role == "user" else self.who.name}: {t.text}' for t in path[start:end]]
     if not gone: return
     told = dict(instruction='', reply='', history=[], user='\n'.join(filter(None, (
-        'Here is a conversation:', memory, *gone, '\nSum it up in three sentences: who they are, and what was said, promised or found out.'))))
+        'Here is a conversation:', memory, *gone,
+        '\nSum it up in three sentences: who they are, and what was said, promised or found out.'))))
     text = ''.join(self.voice.stream(render(told, self.voice.tok, BARE)[0], Sampling(temperature=0., max_tokens=96), (),
                                      False))
     if text.strip(): self.memory[path[end-1].id] = text.strip()
@@ -489,7 +490,7 @@ def _repr_html_(self:Session, more:str|None=None # what the character is saying 
     for t in path + ([Turn(0, self.at, 'assistant', more)] if more is not None else []):
         mine, tries = t.role == 'user', self.beside(t.id) if t.id else []
         about = f' · try {tries.index(t)+1} of {len(tries)}' if len(tries) > 1 else ''
-        about += {1: ' · 👍', -1: ' · 👎', 0: ''}[t.thumb]
+        about += {1: ' · good', -1: ' · bad', 0: ''}[t.thumb]
         out.append(_BUBBLE.format(side='flex-end' if mine else 'flex-start', tint='2,158,115' if mine else '1,115,178',
                                   name=escape(self.user if mine else self.who.name) + about, text=escape(t.text)))
     return '<div style="max-width:42em">' + ''.join(out) + '</div>'
@@ -515,7 +516,8 @@ def chat_cell(s:Session, log:str|Path|None=None # where it is saved after every 
     def back(): line.value = s.undo()
     with warnings.catch_warnings(): # the newer way would also say what is in the line when one leaves it
         warnings.simplefilter('ignore'); line.on_submit(say)
-    acts = {'↻ again': lambda: hear(s.again()), '↩ undo': back, '👍': lambda: s.thumb(), '👎': lambda: s.thumb(False)}
+    acts = {'↻ again': lambda: hear(s.again()), '↩ undo': back, 'good': lambda: s.thumb(),
+            'bad': lambda: s.thumb(False)}
     buttons = [Button(description=k, layout=Layout(width='auto')) for k in acts]
     for b, act in zip(buttons, acts.values()): b.on_click(lambda _, act=act: do(act))
     display(HBox([line, *buttons]))
@@ -527,7 +529,8 @@ HELP = {'/again': 'another answer to the same line', '/undo': 'take the last lin
         '/tries': 'the answers to the last line', '/go N': 'go on from turn N (numbers are in /tree)',
         '/tree': 'all turns', '/good': 'the last answer was good',
         '/bad': 'it was not', '/preset NAME': f'how answers are drawn: {", ".join(PRESETS)}',
-        '/prompt': 'what the model reads', '/memory': 'what is told of turns that no longer fit', '/save FILE': 'save a copy',
+        '/prompt': 'what the model reads', '/memory': 'what is told of turns that no longer fit',
+        '/save FILE': 'save a copy',
         '/load FILE': 'go on with a saved talk', '/bye': 'end (Ctrl-D does, too)'}
 
 # %% ../nbs/07b_chat.ipynb #07b00031x

@@ -29,7 +29,8 @@ from .rows import DataError
 STEPS = ('01_data', '02_lora', '03_quantization', '04_benchmark', '05_profiling')
 JOBS = (STEPS[0], '04f_templates', '02e_rate', *STEPS[1:4], '04d_validity', '04e_specificity', '04g_replies',
         # what it can do
-        '04h_curve', '04i_sweep', *STEPS[4:], '05a_export', '02d_speed', '02f_decoding', '02g_adapters', '07b_chat', '07c_engine',
+        '04h_curve', '04i_sweep', *STEPS[4:], '05a_export', '02d_speed', '02f_decoding', '02g_adapters', '07b_chat',
+        '07c_engine',
         '07e_load')
 API_STEPS = ('01_data', '04_benchmark') # what can be done with a model that can only be asked
 
@@ -664,7 +665,8 @@ def chat(where: Annotated[str, typer.Argument(help='a run, a card, or an adapter
          preset: Annotated[str, typer.Option(help='greedy, calm, lively or wild')] = 'lively',
          new_tokens: Annotated[int, typer.Option(help='of a reply, at most')] = 256,
          context: Annotated[int, typer.Option(min=128, help='tokens of a prompt and its reply')] = 2048,
-         summarise: Annotated[bool, typer.Option(help='sum up turns that no longer fit, instead of dropping them')] = False,
+         summarise: Annotated[bool,
+                              typer.Option(help='sum up turns that no longer fit, instead of dropping them')] = False,
          log: Annotated[str, typer.Option(help='a saved talk to go on with')] = ''):
     "Talk to a character in the terminal."
     console = Console(force_jupyter=False)
@@ -702,7 +704,8 @@ def serve(name: Annotated[str, typer.Argument(help='a run in _runs')] = 'default
           model: Annotated[str, typer.Option(help='else the one that was trained, or the default')] = '',
           precision: Annotated[str, typer.Option(help='fp32, bf16, int8, nf4, …; else as it was trained')] = '',
           adapter: Annotated[str, typer.Option(help="a folder, or empty for none; else the run's own")] = 'auto',
-          adapter_of: Annotated[list[str], typer.Option(help='an adapter of its own for a character, NAME=FOLDER or NAME=RUN; several by several --adapter-of')] = [],
+          adapter_of: Annotated[list[str],
+                                typer.Option(help='an adapter of its own for a character, NAME=FOLDER or NAME=RUN; several by several --adapter-of')] = [],
           user: Annotated[str, typer.Option(help='what the characters call those who talk to them')] = 'User',
           places: Annotated[int, typer.Option(min=1, max=256, help='who can be answered at once')] = 16,
           waiting: Annotated[int, typer.Option(min=1, help='who may wait')] = 64,

@@ -38,7 +38,8 @@ def page_html() -> str:
     pick = lambda id, label: Label(label, Select(id=id))
     head = Head(Meta(charset='utf-8'), Meta(name='viewport', content='width=device-width, initial-scale=1'),
                 Title('Yothalia'),
-                Link(rel='stylesheet', href='page.css'), Script(src='page.js', defer=True))
+                Link(rel='icon', href='data:,'), Link(rel='stylesheet', href='page.css'),
+                Script(src='page.js', defer=True))
     side = Aside(Img(id='picture', alt='', hidden=True), pick('who', 'Character'), pick('how', 'Version'),
                  Label(Input(id='blind', type='checkbox'), ' Compare two, blind', cls='tick'),
                  Div(pick('one', 'One of them'), pick('two', 'The other'), P(id='tally'), id='pair', hidden=True),
