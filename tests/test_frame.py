@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from yothalia.cluster import JOBS
+
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted(p for p in (ROOT/'nbs').glob('*.ipynb') if not p.name.startswith('_'))
 cells = lambda p: json.loads(p.read_text(encoding='utf-8'))['cells']
@@ -70,17 +72,21 @@ def test_defaults(path):
     assert names == fields, {k: (names.get(k), fields.get(k)) for k in names.keys() | fields.keys() if names.get(k) != fields.get(k)}
 
 
-@pytest.mark.parametrize('path', [p for p in NOTEBOOKS if p.name[:2].isdigit()], ids=lambda p: p.name)
-def test_run_needs_no_lesson(path):
+@pytest.mark.parametrize('step', JOBS)
+def test_run_needs_no_lesson(step):
     "A run leaves the lessons out: what is left defines all that it uses."
     from pyflakes.checker import Checker
-    from pyflakes.messages import UndefinedName
+    from pyflakes.messages import ImportStarUsage, UndefinedName
     from yothalia.cluster import without_lessons
+    path = ROOT/'nbs'/f'{step}.ipynb'
     left = [source(c) for c in without_lessons(json.loads(path.read_text(encoding='utf-8')))['cells']
             if c['cell_type'] == 'code' and 'skip-execution' not in c['metadata'].get('tags', [])]
     lines = ('pass' if l.startswith(('%', '!')) else l for s in left for l in s.splitlines())
-    found = [m for m in Checker(ast.parse('\n'.join(lines))).messages if isinstance(m, UndefinedName)]
-    assert not found, f'defined in no cell that a run executes: {[m.message_args[0] for m in found]}'
+    tree = ast.parse('\n'.join(lines)); every = Checker(tree).messages
+    starred = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.names[0].name == '*'}
+    given = {name for m in starred for name in vars(importlib.import_module(m))}
+    found = {m.message_args[0] for m in every if isinstance(m, UndefinedName) or isinstance(m, ImportStarUsage) and m.message_args[0] not in given}
+    assert not found, f'defined in no cell that a run executes: {found}'
 
 
 def test_import_is_quick_and_needs_no_torch():

@@ -695,6 +695,20 @@ def named_values(given:list[str]) -> dict[str,str]: # each NAME=VALUE
         out[name.strip()] = value.strip()
     return out
 
+# %% ../nbs/06_cluster.ipynb #06e00007q
+def _opened_page(folder:Path, model:str, precision:str, **given): # of the run; what `ServeConfig` knows
+    "The page of a run's characters, with the model as it was trained unless told otherwise."
+    from yothalia.serve import ServeConfig, stage_of
+    from yothalia.models import adapter_hash, model_name, quiet, run_adapter
+    from yothalia.page import Page
+    told = (next(iter(load_records(folder/'records', step='lora')), None) or {}).get('run', {}).get('params', {})
+    more = dict(model=model or told.get('model'), precision=precision or told.get('precision'),
+                template=told.get('template'))
+    with quiet():
+        stage = stage_of(configure(ServeConfig, {k: v for k, v in more.items() if v} | given | dict(out=tidy(folder))))
+    return Page(stage, folder, dict(model=model_name(more['model'] or EMBEDDED), wears=stage.wears,
+                                    adapter=adapter_hash(run_adapter(tidy(folder), given['adapter']))))
+
 # %% ../nbs/06_cluster.ipynb #06e00008
 @app.command()
 def serve(name: Annotated[str, typer.Argument(help='a run in _runs')] = 'default',
@@ -722,20 +736,10 @@ def serve(name: Annotated[str, typer.Argument(help='a run in _runs')] = 'default
         folder = rooted('_runs')/name
         if not card and not (folder/'data').is_dir():
             raise RunError(f'There is no run {name!r}: `yothalia run --name {name}` first, or serve a character by --card.')
-        from yothalia.serve import ServeConfig, serve_forever, stage_of
-        from yothalia.models import adapter_hash, model_name, quiet, run_adapter
-        told = (next(iter(load_records(folder/'records', step='lora')), None) or {}).get('run', {}).get('params', {})
-        more = dict(model=model or told.get('model'), precision=precision or told.get('precision'),
-                    template=told.get('template'))
-        with quiet():
-            stage = stage_of(configure(ServeConfig, {k: v for k, v in more.items() if v}
-                                       | dict(out=tidy(folder), cards=card, adapter=adapter,
-                user=user, places=places, waiting=waiting, room=room, new_tokens=new_tokens, engine=engine,
-                engine_model=engine_model, engine_adapter=engine_adapter, adapters=named_values(adapter_of))))
-        from yothalia.page import Page
-        of = dict(model=model_name(more['model'] or EMBEDDED), adapter=adapter_hash(run_adapter(tidy(folder), adapter)),
-                  wears=stage.wears)
-        console.print(f'{", ".join(stage.who)}: a page at http://{host}:{port}, the API at http://{host}:{port}/v1',
-                      markup=False,
-                      highlight=False, soft_wrap=True)
-        serve_forever(stage, host, port, key, Page(stage, folder, of))
+        page = _opened_page(folder, model, precision, cards=card, adapter=adapter, adapters=named_values(adapter_of),
+                            user=user, places=places, waiting=waiting, room=room, new_tokens=new_tokens, engine=engine,
+                            engine_model=engine_model, engine_adapter=engine_adapter)
+        console.print(f'{", ".join(page.stage.who)}: a page at http://{host}:{port}, the API at http://{host}:{port}/v1',
+                      markup=False, highlight=False, soft_wrap=True)
+        from yothalia.serve import serve_forever
+        serve_forever(page.stage, host, port, key, page)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SpecificityConfig', 'parts_of', 'single_adapter', 'plain_name', 'reply_sums', 'gain_table', 'gain_matrix',
-           'own_less_others', 'as_metric', 'picked_adapters', 'language_lines', 'specificity_metrics', 'specificity',
+           'own_less_others', 'as_metric', 'picked_adapters', 'specificity_metrics', 'language_lines', 'specificity',
            'plot_specificity']
 
 # %% ../nbs/04e_specificity.ipynb #5d861a77
@@ -123,22 +123,6 @@ def picked_adapters(lines:list[dict]) -> np.ndarray: # (replies,) right or wrong
     "Whether the adapter that finds a reply likeliest is its own character's."
     return np.array([max(o['adapters'], key=o['adapters'].get) == o['character'] for o in lines])
 
-# %% ../nbs/04e_specificity.ipynb #31289993
-def language_lines(cfg:SpecificityConfig, lang:str, of:dict[str,tuple], tok) -> list[dict]: # one per held-out reply
-    "Train and ask the adapters of one language."
-    rows = [r for _, asked in of.values() for r in asked]
-    base, counts = reply_sums(load_model(cfg.model, cfg.precision), tok, rows, cfg.max_reply)
-    guess = CharacterClassifier([r for learn, _ in of.values() for r in learn]).probabilities([r['reply']
-        for r in rows])
-    lines = [dict(id=row_id(r), character=r['character'], lang=lang, user=r['user'], tokens=int(n),
-                  base=round(float(b), 4), adapters={}, classifier=g)
-             for r, n, b, g in zip(rows, counts, base, guess.idxmax(axis=1))]
-    for c, (learn, _) in progress(of.items(), f'{lang} adapters'):
-        folder = single_adapter(cfg, plain_name(lang, c), learn)
-        sums, _ = reply_sums(load_model(cfg.model, cfg.precision, folder), tok, rows, cfg.max_reply)
-        for o, s in zip(lines, sums): o['adapters'][c] = round(float(s), 4)
-    return lines
-
 # %% ../nbs/04e_specificity.ipynb #4a1eee4c
 def specificity_metrics(lines:list[dict]) -> dict[str,dict]: # name → metric
     "Specificity, gains, and who is recognised by adapters and by words; over all, and for each language."
@@ -156,6 +140,22 @@ def specificity_metrics(lines:list[dict]) -> dict[str,dict]: # name → metric
     own_less = np.concatenate([own_less_others([o for o in lines if o['lang'] == lang]) for lang in by])
     return {'specificity': as_metric(own_less, sorted(lines, key=lambda o: list(by).index(o['lang'])))} | {k: m
         for got in by.values() for k, m in got.items()}
+
+# %% ../nbs/04e_specificity.ipynb #31289993
+def language_lines(cfg:SpecificityConfig, lang:str, of:dict[str,tuple], tok) -> list[dict]: # one per held-out reply
+    "Train and ask the adapters of one language."
+    rows = [r for _, asked in of.values() for r in asked]
+    base, counts = reply_sums(load_model(cfg.model, cfg.precision), tok, rows, cfg.max_reply)
+    guess = CharacterClassifier([r for learn, _ in of.values() for r in learn]).probabilities([r['reply']
+        for r in rows])
+    lines = [dict(id=row_id(r), character=r['character'], lang=lang, user=r['user'], tokens=int(n),
+                  base=round(float(b), 4), adapters={}, classifier=g)
+             for r, n, b, g in zip(rows, counts, base, guess.idxmax(axis=1))]
+    for c, (learn, _) in progress(of.items(), f'{lang} adapters'):
+        folder = single_adapter(cfg, plain_name(lang, c), learn)
+        sums, _ = reply_sums(load_model(cfg.model, cfg.precision, folder), tok, rows, cfg.max_reply)
+        for o, s in zip(lines, sums): o['adapters'][c] = round(float(s), 4)
+    return lines
 
 # %% ../nbs/04e_specificity.ipynb #927469cc
 def specificity(cfg:SpecificityConfig) -> dict: # the record
