@@ -105,18 +105,24 @@ def lab(tmp_path_factory):
     except subprocess.TimeoutExpired: run.kill()
 
 
-@pytest.mark.parametrize('name', LAB)
-def test_run_all_in_jupyterlab(browser, lab, name):
-    "Run All from a clean kernel with the defaults ends without an error, in about a minute."
-    box, url = lab
+def run_all(browser, address):
+    "Open a notebook in JupyterLab and run it; the page, and when it began."
     page = browser.new_page(viewport=dict(width=1400, height=1000))
     for attempt in range(30):
-        try: page.goto(f'{url}/lab/tree/nbs/{name}.ipynb?token=test&reset', timeout=60_000); break
+        try: page.goto(f'{address}?token=test&reset', timeout=60_000); break
         except playwright.Error: time.sleep(1)
     page.wait_for_selector('.jp-NotebookPanel .jp-CodeCell', timeout=90_000)
     page.wait_for_function('document.querySelector("#jp-main-statusbar")?.innerText.includes("| Idle")', timeout=90_000)
     start = time.time()
     page.click('text="Run"'); page.click('text="Run All Cells"')
+    return page, start
+
+
+@pytest.mark.parametrize('name', LAB)
+def test_run_all_in_jupyterlab(browser, lab, name):
+    "Run All from a clean kernel with the defaults ends without an error, in about a minute."
+    box, url = lab
+    page, start = run_all(browser, f'{url}/lab/tree/nbs/{name}.ipynb')
     page.wait_for_function('document.querySelector("#jp-main-statusbar").innerText.includes("| Busy")', timeout=30_000)
     quiet = 0  # between two cells the kernel is idle for a moment
     while quiet < 6 and time.time() - start < 420:
@@ -149,13 +155,7 @@ def test_chat_cell_in_jupyterlab(browser, lab):
     import nbformat
     box, url = lab
     nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(CHAT)], metadata=dict(kernelspec=dict(name='python3', display_name='Python 3', language='python'))), box/'chat.ipynb')
-    page = browser.new_page(viewport=dict(width=1200, height=900))
-    for attempt in range(30):
-        try: page.goto(f'{url}/lab/tree/chat.ipynb?token=test&reset', timeout=60_000); break
-        except playwright.Error: time.sleep(1)
-    page.wait_for_selector('.jp-NotebookPanel .jp-CodeCell', timeout=90_000)
-    page.wait_for_function('document.querySelector("#jp-main-statusbar")?.innerText.includes("| Idle")', timeout=90_000)
-    page.click('text="Run"'); page.click('text="Run All Cells"')
+    page, _ = run_all(browser, f'{url}/lab/tree/chat.ipynb')
     line = page.wait_for_selector('.jp-OutputArea input[type=text]', timeout=120_000)
     said = lambda: page.evaluate('document.querySelector(".jp-OutputArea-output.jp-RenderedHTML").innerText')
     hello = said(); assert hello.strip(), 'no greeting'

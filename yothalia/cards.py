@@ -499,7 +499,10 @@ def fits_card(r:dict) -> bool:
                    or re.search(r'^\s*[^\n:：]{1,40}[:：]', t, re.M) for t in texts)
 
 # %% ../nbs/07a_cards.ipynb #07a00046
-_HELLO = re.compile(r'^\W*(hello|hi|hey|good (morning|evening|day|afternoon)|greetings|welcome|你好|您好|早|晚上好|嗨)', re.I)
+# lines whose answers can begin a talk: a greeting, or else somebody who asks who this is
+_OPENINGS = [re.compile(p, re.I) for p in (
+    r'^\W*((hello|hi|hey|good (morning|evening|day|afternoon)|greetings|welcome)\b|你好|您好|早|晚上好|嗨)',
+    r'who are you|what is your name|introduce yourself|tell me about yourself|你是谁|您是谁|你叫什么|介绍一下自己')]
 
 def make_card(rows:list[dict], # of one character
               notes:str='', # for people: what was measured
@@ -511,7 +514,7 @@ def make_card(rows:list[dict], # of one character
     persona = max(personas, key=personas.count) if personas else ''
     rows = [r for r in rows if (r.get('instruction') or '') == persona]  # of one language, where there are two
     alone = [r for r in rows if not r.get('history') and fits_card(r)] or rows
-    hello = next((r for r in alone if _HELLO.match(r['user'])), min(alone, key=lambda r: len(r['reply'])))
+    hello = next((r for p in _OPENINGS for r in alone if p.search(r['user'])), dict(reply=''))
     shown = varied([r for r in alone if r is not hello and len(r['reply']) < 1000] or alone, n)
     example = lambda r: f"<START>\n{{{{user}}}}: {r['user']}\n{{{{char}}}}: {r['reply']}"
     return card_of(dict(spec='chara_card_v3', spec_version='3.0', data=dict(

@@ -88,19 +88,22 @@ class Places(Cache):
                 for t in (l.keys, l.values): t[place, :, :n] = t[last, :, :n]
         self.lengths.pop(); self.names.pop()
 
-    def clear(self):
-        "Everybody leaves."
-        self.lengths.clear(); self.names.clear()
+# %% ../nbs/02f_decoding.ipynb #02f0000c3
+@patch
+def clear(self:Places):
+    "Everybody leaves."
+    self.lengths.clear(); self.names.clear()
 
-    def next_step(self) -> dict: # what the model is told beside the tokens
-        "Each occupied place gets one token more."
-        lengths = torch.tensor(self.lengths, device=self.device)
-        self.rows, self.at = torch.arange(len(lengths), device=self.device), lengths
-        self.upto = max(self.lengths) + 1
-        self.lengths = [n+1 for n in self.lengths]
-        seen = torch.arange(self.upto, device=self.device) <= lengths[:, None]
-        return dict(position_ids=lengths[:, None], attention_mask=seen[:, None, None], past_key_values=self,
-                    use_cache=True)
+@patch
+def next_step(self:Places) -> dict: # what the model is told beside the tokens
+    "Each occupied place gets one token more."
+    lengths = torch.tensor(self.lengths, device=self.device)
+    self.rows, self.at = torch.arange(len(lengths), device=self.device), lengths
+    self.upto = max(self.lengths) + 1
+    self.lengths = [n+1 for n in self.lengths]
+    seen = torch.arange(self.upto, device=self.device) <= lengths[:, None]
+    return dict(position_ids=lengths[:, None], attention_mask=seen[:, None, None], past_key_values=self,
+                use_cache=True)
 
 # %% ../nbs/02f_decoding.ipynb #02f00011
 def recordable(model) -> bool:

@@ -1,0 +1,82 @@
+"""A real vLLM behind: what it scores and says is what this project's own engine scores and says. `YOTHALIA_VLLM` names its command, for example in an environment of its own."""
+import json, os, socket, subprocess, time, urllib.request
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np, pytest
+
+VLLM = os.environ.get('YOTHALIA_VLLM')
+pytestmark = pytest.mark.skipif(not VLLM, reason='YOTHALIA_VLLM names no vLLM')
+ENV = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'} | dict(HF_HUB_OFFLINE='1', VLLM_CPU_KVCACHE_SPACE='2', VLLM_NO_USAGE_STATS='1', DO_NOT_TRACK='1')
+
+
+@pytest.fixture
+def vllm(tmp_path):
+    "Starts a vLLM with the default model, and ends it."
+    from yothalia.models import resolve_model
+    started = []
+    def start(*more):
+        with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+        log = (tmp_path/'vllm.log').open('w')
+        p = subprocess.Popen([VLLM, 'serve', resolve_model('smollm2-135m'), '--served-model-name', 'small', '--host', '127.0.0.1', '--port', str(port), '--max-model-len', '2048',
+                              '--dtype', 'float32', '--enforce-eager', *more], env=ENV, stdout=log, stderr=subprocess.STDOUT)
+        started.append(p); end = time.monotonic() + 300
+        while True:
+            try: urllib.request.urlopen(f'http://127.0.0.1:{port}/health', timeout=1); return f'http://127.0.0.1:{port}/v1'
+            except OSError:
+                assert p.poll() is None and time.monotonic() < end, (tmp_path/'vllm.log').read_text()[-2000:]
+                time.sleep(.5)
+    yield start
+    for p in started:
+        p.terminate()
+        try: p.wait(30)
+        except subprocess.TimeoutExpired: p.kill()
+
+
+def test_scores_and_replies(vllm):
+    "Log-likelihoods of replies to a thousandth of a nat, a letter by log-probabilities, and the same greedy replies."
+    from yothalia.behind import Behind
+    from yothalia.benchmark import question_item
+    from yothalia.chat import Sampling
+    from yothalia.contestants import Contestant
+    from yothalia.data import sample_rows
+    from yothalia.engine import Engine, Request
+    from yothalia.models import load_model, load_tokenizer
+    from yothalia.prompts import PERSONA, _ids, render
+    from yothalia.questions import make_tracks
+    from yothalia.scoring import score_items
+    url, tok, lm = vllm(), load_tokenizer('smollm2-135m'), load_model('smollm2-135m', 'fp32')
+    rows = sample_rows()[:120]
+    qs = make_tracks(rows, ['random'], 4, 5, 0)['random'][:4]
+    items = [question_item(q, tok, PERSONA, 128) for q in qs]
+    one = Contestant('openai:small', url, 4, tok=tok)
+    own, theirs = dict(score_items(lm, items)), dict(one.score_items(items))
+    assert max(np.abs(np.array(own[k]) - np.array(theirs[k])).max() for k in own) < .01
+    assert one.climb(qs[0]) == 'logprobs' and len(one.in_all_orders(qs[0], True)['letter']) == 5
+    how = Sampling(temperature=0., guard=0, max_tokens=16)
+    prompts = [_ids(tok, render(r, tok)[0]) for r in rows[:4]]
+    def said(engine):
+        asked = [engine.ask(Request(p, replace(how))) for p in prompts]
+        out = [''.join(r.pieces(120)) for r in asked]; engine.stop(); return out
+    behind = Behind(tok, url, 'small')
+    assert said(behind) == said(Engine(lm, tok)) and behind.takes_ids
+
+
+def test_adapter_by_name(vllm, tmp_path):
+    "An adapter that vLLM loads from its folder and calls by a name is worn by the character that has it."
+    import torch
+    from yothalia.adapters import load_adapters, random_adapters
+    from yothalia.behind import Behind
+    from yothalia.chat import Sampling
+    from yothalia.data import sample_rows
+    from yothalia.engine import Engine, Request
+    from yothalia.models import load_model, load_tokenizer
+    from yothalia.prompts import _ids, render
+    random_adapters(['knight']).save_pretrained(tmp_path)
+    url, tok = vllm('--enable-lora', '--max-lora-rank', '8', '--lora-modules', f'knight={tmp_path/"knight"}'), load_tokenizer('smollm2-135m')
+    prompt, how = _ids(tok, render(sample_rows()[0], tok)[0]), Sampling(temperature=0., guard=0, max_tokens=12)
+    def said(engine):
+        asked = [engine.ask(Request(prompt, replace(how), on=o)) for o in ('knight', False)]
+        out = [''.join(r.pieces(120)) for r in asked]; engine.stop(); return out
+    theirs = said(Behind(tok, url, 'small'))
+    assert theirs == said(Engine(load_adapters(load_model('smollm2-135m', 'fp32'), {'knight': tmp_path/'knight'}), tok)) and theirs[0] != theirs[1]
