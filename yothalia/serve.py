@@ -84,6 +84,7 @@ def own_adapters(cfg:ServeConfig, who:dict) -> dict[str,str]: # name of the mode
                              + (f'did you mean {near[0]!r}?' if near else f'known are {", ".join(who)}.'))
         own = rooted('_runs')/place/'adapter'
         out[slug(name)] = place if cfg.engine else tidy(own) if sealed(own) else place
+        if not cfg.engine: find_adapter(out[slug(name)])
     return out
 
 def stage_of(cfg:ServeConfig) -> Stage:
@@ -95,7 +96,7 @@ def stage_of(cfg:ServeConfig) -> Stage:
         engine, place = Behind(tok, cfg.engine, cfg.engine_model or model_name(cfg.model), cfg.engine_adapter,
                                **told), cfg.engine_adapter
     else:
-        every = ({'default': place} if place else {}) | own
+        every = ({'@run': place} if place else {}) | own  # no character can be called so
         model = load_model(cfg.model, cfg.precision)
         engine = Engine(load_adapters(model, every) if every else model, tok, **told)
         if own and not engine.adapters: engine.stop(); Adapters(engine.model)  # says why
