@@ -123,7 +123,7 @@ def plot_phases(record:dict, # of this step
         left += share
     reached = record['metrics']['train share of matmul rate']['value']
     ax.set(xlim=(0, 1), yticks=[], xticks=[],
-           title=f'Training iteration: {sum(m.values()):.1f} s, {reached:.0%} of the matmul rate')
+           title=f'Training iteration: {sum(m.values()):.1f} s, {reached:.1%} of the matmul rate')
 
 _KINDS = {'attention': ('scaled_dot_product', '_flash', 'efficient_attention', 'sdpa'),
           'matrix products': ('aten::mm', 'aten::addmm', 'aten::bmm', 'aten::matmul', 'linear', 'gemm', 'xmma', 'nvjet',
@@ -135,7 +135,8 @@ _KINDS = {'attention': ('scaled_dot_product', '_flash', 'efficient_attention', '
 def operator_kind(name:str) -> str:
     "The kind of work that an operator does: attention (forward or backward), matrix products, copies, loss, element-wise."
     kind = next((k for k, parts in _KINDS.items() if any(p in name for p in parts)), 'element-wise and other')
-    return f"{kind}, {'backward' if 'backward' in name else 'forward'}" if kind == 'attention' else kind
+    back = 'backward' in name or 'bwd' in name
+    return f"{kind}, {'backward' if back else 'forward'}" if kind == 'attention' else kind
 
 # %% ../nbs/05_profiling.ipynb #a85d4ee9y
 def plot_operators(record:dict, ax):

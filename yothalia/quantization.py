@@ -133,10 +133,10 @@ def plot_precisions(records:list[dict], # of this step
     if not records: return axes
     pts = [(r['metrics']['weights']['value']/1e6, added(r), r['what']['precision']) for r in _sorted(records)]
     for k, (x, m, name) in enumerate(pts):
-        axes[0].plot([x, x], m['interval'], color='#0173b2', lw=2, alpha=.6)
-        axes[0].plot(x, m['value'], 'o', color='#0173b2')
-        axes[0].annotate(name, (x, m['interval'][1]), xytext=(0, 4 + 9*(k % 2)), textcoords='offset points',
-                         ha='center', fontsize=8)
+        x *= 1.04**sum(abs(a/x-1) < .01 for a, *_ in pts[:k])  # those of one size stand side by side
+        axes[0].plot([x, x], m['interval'], color=f'C{k}', lw=2, alpha=.6)
+        axes[0].plot(x, m['value'], 'o', color=f'C{k}', label=name)
+    axes[0].legend(fontsize=8, frameon=False)
     front = [(x, m['value']) for x, m, _ in pts if not any(a <= x and b['value'] <= m['value']
                                                            and (a, b['value']) != (x, m['value']) for a, b, _ in pts)]
     axes[0].plot(*zip(*sorted(front)), '--', color='gray', zorder=0, lw=1)
@@ -144,11 +144,11 @@ def plot_precisions(records:list[dict], # of this step
     axes[0].margins(x=.15, y=.2)
     size = sorted(x for x, *_ in pts); ticks = [x for k, x in enumerate(size) if not k or x > 1.12*size[k-1]]
     axes[0].set_xticks(ticks, [f'{x:.0f}' for x in ticks]); axes[0].minorticks_off()
-    for y, r in enumerate(_sorted(records)[::-1]):
+    for k, r in enumerate(_sorted(records)):
         m = decode_speeds(r)['decode']
-        if m['interval']: axes[1].plot(m['interval'], [y, y], color='#0173b2', lw=2, alpha=.6)
-        axes[1].plot(m['value'], y, 'o', color='#0173b2')
-    axes[1].set_yticks(range(len(records)), [r['what']['precision'] for r in _sorted(records)[::-1]])
+        if m['interval']: axes[1].plot(m['interval'], [k, k], color=f'C{k}', lw=2, alpha=.6)
+        axes[1].plot(m['value'], k, 'o', color=f'C{k}')
+    axes[1].set_yticks(range(len(records)), [r['what']['precision'] for r in _sorted(records)]); axes[1].invert_yaxis()
     axes[1].set(xlabel='tokens/s', title='Decode speed, one reply at a time', xlim=(0, None))
     axes[1].grid(axis='x', alpha=.25)
     return axes
