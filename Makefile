@@ -19,8 +19,8 @@ ifdef NB
 else
 	$(TOGETHER) $(BIN)/python -m pytest -q -n $(JOBS) tests/test_frame.py
 	rm -rf _runs/demo
-	$(TOGETHER) $(BIN)/nbdev_test --n_workers $(JOBS) --do_print
-	$(TOGETHER) $(BIN)/python -m pytest -q -n $(JOBS) --maxschedchunk 1 --durations 12 tests --ignore tests/test_frame.py
+	$(TOGETHER) $(BIN)/python -m pytest -q -n $(JOBS) --maxschedchunk 1 --durations 12 tests/test_notebooks.py
+	$(TOGETHER) $(BIN)/python -m pytest -q -n $(JOBS) --maxschedchunk 1 --durations 12 tests --ignore tests/test_frame.py --ignore tests/test_notebooks.py
 endif
 
 test-cluster: setup   ## a real Slurm of two nodes on this machine; needs root, and apt: slurmctld slurmd slurm-client munge

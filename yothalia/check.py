@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from .core import *
 from .core import Config, Field
-from .models import EMBEDDED, PRECISIONS, PrecisionName, cache_dir, parameters
+from .models import EMBEDDED, PRECISIONS, PrecisionName, arithmetic, cache_dir, parameters
 from .rows import DataError
 from .data import DataConfig, label_and_split, label_rows, personas, read_source, sample_rows
 from .questions import TRACKS, make_questions
@@ -93,7 +93,7 @@ def _rate() -> tuple[float, float, str]: # FLOP/s, share of it that training rea
     "A quick look at the machine."
     import time, torch
     gpu = torch.cuda.is_available()
-    a = torch.randn(*([4096]*2 if gpu else [1024]*2), device='cuda' if gpu else 'cpu').bfloat16()
+    a = torch.randn(*([4096]*2 if gpu else [1024]*2), device='cuda' if gpu else 'cpu').to(arithmetic())
     best = 9e9
     for _ in range(4):
         start = time.perf_counter(); a @ a
@@ -108,9 +108,10 @@ def cost(done:dict, model:str=EMBEDDED, epochs:float=1) -> str:
     tokens = sum(guess_tokens(r['user'] + r['reply'] + ' '*24, model) + .3*guess_tokens(r['instruction'] or '', model)
                  for r in done['train'])
     rate, share, device = _rate()
-    seconds, need = tokens*epochs*4*n/(rate*share), n*2/1e9 + 2
+    seconds, need = tokens*epochs*4*n/(rate*share), n*arithmetic().itemsize/1e9 + 2
+    imitates = '' if has_bf16() else ' (which has no 16-bit arithmetic: it computes in fp32)'
     took = f'{seconds:.0f} s' if seconds < 100 else f'{seconds/60:.0f} min' if seconds < 6000 else f'{seconds/3600:.0f} h'
-    return f'training on {len(done["train"]):,} rows, about {tokens/1e3:,.0f} thousand tokens: {took} for one pass on this {device}, {need:.1f} GB of memory'
+    return f'training on {len(done["train"]):,} rows, about {tokens/1e3:,.0f} thousand tokens: {took} for one pass on this {device}{imitates}, {need:.1f} GB of memory'
 
 # %% ../nbs/06a_check.ipynb #9cc890ed
 def _look(params:dict # of 01_data

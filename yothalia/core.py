@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['SECRET', 'project_root', 'rooted', 'package_dir', 'tidy', 'ConfigError', 'Config', 'nearest', 'refuse_secrets',
            'parameters_in', 'configure', 'CoreConfig', 'seed_everything', 'atomic', 'uncollected', 'write_jsonl',
-           'read_jsonl', 'content_hash', 'file_sha256', 'seal', 'sealed', 'device_info', 'world', 'stop_asked',
-           'site_file', 'run_info', 'Metric', 'metric', 'save_record', 'load_records', 'record_table', 'progress',
-           'tell_progress']
+           'read_jsonl', 'content_hash', 'file_sha256', 'seal', 'sealed', 'has_bf16', 'device_info', 'world',
+           'stop_asked', 'site_file', 'run_info', 'Metric', 'metric', 'save_record', 'load_records', 'record_table',
+           'progress', 'tell_progress']
 
 # %% ../nbs/00_core.ipynb #6d0c227c
-import difflib, gc, hashlib, importlib, json, os, platform, random, re, shutil, subprocess
+import difflib, functools, gc, hashlib, importlib, json, os, platform, random, re, shutil, subprocess
 from collections import Counter
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -203,14 +203,22 @@ def _cpu_name() -> str:
     try: return re.search(r'model name\s*:\s*(.+)', Path('/proc/cpuinfo').read_text())[1]
     except (OSError, TypeError): return platform.processor() or platform.machine()
 
+@functools.cache
+def has_bf16() -> bool:
+    "Whether the device computes with 16-bit numbers itself; a CPU that doesn't imitates it, far more slowly than it computes in fp32."
+    import torch
+    known = getattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported', lambda: True)
+    return torch.cuda.is_available() or bool(torch.backends.mkldnn.is_available() and known())
+
 def device_info() -> dict:
-    "The device that would be used, its memory in GB, and the number of processor cores."
+    "The device that would be used, its memory in GB, the number of processor cores, and what it lacks."
     import torch
     if torch.cuda.is_available():
         p = torch.cuda.get_device_properties(0)
         return dict(device='cuda', name=p.name, memory_gb=round(p.total_memory/1e9, 1), count=torch.cuda.device_count())
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    return dict(device='cpu', name=_cpu_name(), memory_gb=round(psutil.virtual_memory().total/1e9, 1), count=cores)
+    return dict(device='cpu', name=_cpu_name(), memory_gb=round(psutil.virtual_memory().total/1e9, 1), count=cores,
+                **{} if has_bf16() else dict(lacks='bf16'))
 
 # %% ../nbs/00_core.ipynb #83379f81
 def world() -> tuple[int,int]: # rank, processes

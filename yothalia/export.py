@@ -76,7 +76,7 @@ def quantized(folder:Path, # a bf16 model
               to:Path) -> Path:
     "Write a model's folder again, its weights held at another precision."
     tok = load_tokenizer(str(folder))
-    model = load_model(str(folder), precision)
+    model = load_model(str(folder), precision, to_save=True)
     with atomic(to) as new, quiet(): model.save_pretrained(new); tok.save_pretrained(new); seal(new)
     return to
 
@@ -389,13 +389,13 @@ def damage_template(merged:Path, to:Path) -> Path:
 
 def damage_adapter(model:str, to:Path) -> Path:
     "The base model, as if it were the tuned one."
-    with quiet(): load_model(model).save_pretrained(to); load_tokenizer(model).save_pretrained(to)
+    with quiet(): load_model(model, to_save=True).save_pretrained(to); load_tokenizer(model).save_pretrained(to)
     return to
 
 def damage_merge(model:str, adapter:str, to:Path) -> Path:
     "The adapter merged into weights that are quantized to four bits already."
     with quiet():
-        load_model(model, 'nf4', adapter).merge_and_unload().save_pretrained(to)
+        load_model(model, 'nf4', adapter, to_save=True).merge_and_unload().save_pretrained(to)
         load_tokenizer(model).save_pretrained(to)
     return to
 

@@ -138,6 +138,8 @@ def in_fp8(model): # a PeftModel with frozen weights in bf16
     layers = [m.base_layer.weight for m in model.modules() if isinstance(m, LoraLayer)]
     odd = next((w for w in layers if w.dtype != torch.bfloat16 or hasattr(w, 'to_local') or w.dim() != 2
                 or any(n % 16 for n in w.shape)), None)
+    if odd is not None and odd.dtype == torch.float32 and not has_bf16():
+        raise ValueError('fp8 needs frozen weights in bf16, and this CPU computes in fp32: leave fp8 off.')
     if odd is not None:
         raise ValueError('fp8 needs frozen weights in bf16, whole on each device, with sizes that are multiples of 16: '
                          f'here is one of {str(odd.dtype).removeprefix("torch.")} and {tuple(odd.shape)}. Leave fp8 off, or choose precision bf16.')

@@ -377,7 +377,7 @@ def merge(cfg_model:str, # the base model, as given to `load_model`
           folder:str|Path # where the merged model goes
          ) -> Path:
     "Write base model plus adapter as one bf16 safetensors model with its tokenizer."
-    model = load_model(cfg_model, 'bf16', adapter).merge_and_unload()
+    model = load_model(cfg_model, 'bf16', adapter, to_save=True).merge_and_unload()
     with atomic(rooted(folder)) as new, quiet():
         model.save_pretrained(new); load_tokenizer(cfg_model).save_pretrained(new)
         seal(new)

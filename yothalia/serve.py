@@ -234,20 +234,22 @@ def chunk(name:str, id:str, delta:dict, why:str|None=None, likely:dict|None=None
 
 async def following(r:Request, seconds:float, gone # an async function: whether nobody listens any more
                    ):
-    "The pieces of a reply, without holding up the server while none is there."
-    end, bell, loop = time.monotonic() + seconds, asyncio.Event(), asyncio.get_running_loop()
+    "What is said, as soon as it is there; all that came since the last time is one piece."
+    end, look, bell, loop = time.monotonic() + seconds, 0., asyncio.Event(), asyncio.get_running_loop()
     r.ring = lambda: loop.is_closed() or loop.call_soon_threadsafe(bell.set)
     try:
         while True:
-            try: p = r.out.get_nowait()
-            except queue.Empty:
+            bell.clear()
+            got = [r.out.get_nowait() for _ in range(r.out.qsize())]
+            if said := ''.join(filter(None, got)): yield said
+            if None in got: break
+            if (now := time.monotonic()) > end:
+                raise Refused(504, f'No answer within {seconds:g} seconds.', kind='timeout_error')
+            if now > look:
                 if await gone(): break
-                if time.monotonic() > end: raise Refused(504, f'No answer within {seconds:g} seconds.',
-                                                         kind='timeout_error') from None
-                with contextlib.suppress(TimeoutError): await asyncio.wait_for(bell.wait(), .25)
-                bell.clear(); continue
-            if p is None: break
-            yield p
+                look = now + .25
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(.25): await bell.wait()
     finally: r.cancelled.set()
     if r.ended and r.ended not in REASONS: raise Refused(500, r.ended, kind='server_error')
 

@@ -72,7 +72,7 @@ def shaped(name:str, # a key of `SHAPES`
     kind, shape = SHAPES[name]
     with torch.device('cpu' if empty else device_info()['device']), no_init_weights() if empty else nullcontext():
         m = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, max_position_embeddings=4096, **shape),
-                                             dtype=torch.float32 if precision == 'fp32' else torch.bfloat16)
+                                             dtype=arithmetic(precision))
     if precision in ('fp32', 'bf16'): return m.eval()
     with tempfile.TemporaryDirectory(dir=rooted('_runs')) as box, quiet():
         m.save_pretrained(box); del m; return load_model(box, precision)

@@ -448,9 +448,10 @@ def wait_for_gpu():
     if torch.cuda.is_available(): torch.cuda.synchronize()
 
 def matmul_rate(n:int=1024, # size of the square matrices
-                dtype:torch.dtype=torch.bfloat16, repeats:int=8) -> float: # FLOP/s
+                dtype:torch.dtype|None=None, # else what a bf16 model computes in here
+                repeats:int=8) -> float: # FLOP/s
     "The rate of matrix multiplication that this machine reaches, best of `repeats`."
-    a, b = (torch.randn(n, n, device=device_info()['device']).to(dtype) for _ in range(2))
+    a, b = (torch.randn(n, n, device=device_info()['device']).to(dtype or arithmetic()) for _ in range(2))
     times = []
     for _ in range(repeats+1):
         wait_for_gpu(); start = time.perf_counter(); a @ b; wait_for_gpu()

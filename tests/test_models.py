@@ -1,0 +1,44 @@
+"Models where the processor has 16-bit arithmetic, and where it only imitates it."
+import pytest, torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from yothalia import models
+from yothalia.models import arithmetic, load_model, quantization_config, weights_bytes
+
+
+@pytest.fixture(scope='module')
+def stored(tmp_path_factory):
+    "A small model whose file holds 32-bit numbers."
+    torch.manual_seed(0)
+    m = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+                                     num_attention_heads=2, num_key_value_heads=2))
+    folder = tmp_path_factory.mktemp('stored'); m.save_pretrained(folder)
+    return str(folder), m
+
+
+@pytest.mark.parametrize('has, dtype', [(True, torch.bfloat16), (False, torch.float32)])
+def test_bf16_is_computed_as_the_device_can(monkeypatch, stored, has, dtype):
+    monkeypatch.setattr(models, 'has_bf16', lambda: has)
+    folder, m = stored
+    got, whole = load_model(folder, 'bf16'), load_model(folder, 'fp32')
+    assert {p.dtype for p in got.parameters()} == {dtype} and arithmetic() == dtype
+    assert quantization_config('nf4').bnb_4bit_compute_dtype == dtype
+    for (name, p), q in zip(m.named_parameters(), got.parameters()):
+        assert torch.equal(p.bfloat16(), q.bfloat16()) and torch.equal(q, q.bfloat16().to(q.dtype)), name
+    assert all(torch.equal(p, q) for p, q in zip(m.parameters(), whole.parameters()))
+    ids = torch.arange(32)[None]
+    with torch.inference_mode(): exact, loss = (o(input_ids=ids, labels=ids).loss.item() for o in (m, got))
+    assert loss != exact and abs(loss - exact) < .02
+
+
+@pytest.mark.parametrize('precision, kind', [('bf16', 'bfloat16'), ('nf4', 'bfloat16'), ('fp32', 'float32')])
+def test_files_are_written_alike_everywhere(monkeypatch, stored, tmp_path, precision, kind):
+    monkeypatch.setattr(models, 'has_bf16', lambda: False)
+    m = load_model(stored[0], precision, to_save=True); m.save_pretrained(tmp_path)
+    assert str(m.dtype) == f'torch.{kind}'
+    if precision == 'nf4': assert m.config.quantization_config.bnb_4bit_compute_dtype == torch.bfloat16
+
+
+def test_what_is_not_quantized_weighs_more_where_it_is_computed_in_fp32(stored):
+    at = {p: (weights_bytes(stored[0], p), weights_bytes(stored[0], p, 32)) for p in ('fp32', 'bf16', 'nf4')}
+    assert at['fp32'][0] == at['fp32'][1] == at['bf16'][1] == 2*at['bf16'][0]
+    assert at['nf4'][0] < at['nf4'][1] < at['bf16'][1]
