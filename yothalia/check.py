@@ -111,7 +111,8 @@ def cost(done:dict, model:str=EMBEDDED, epochs:float=1) -> str:
     seconds, need = tokens*epochs*4*n/(rate*share), n*arithmetic().itemsize/1e9 + 2
     imitates = '' if has_bf16() else ' (which has no 16-bit arithmetic: it computes in fp32)'
     took = f'{seconds:.0f} s' if seconds < 100 else f'{seconds/60:.0f} min' if seconds < 6000 else f'{seconds/3600:.0f} h'
-    return f'training on {len(done["train"]):,} rows, about {tokens/1e3:,.0f} thousand tokens: {took} for one pass on this {device}{imitates}, {need:.1f} GB of memory'
+    return (f'training on {len(done["train"]):,} rows, about {tokens/1e3:,.0f} thousand tokens: '
+            f'{took} for one pass on this {device}{imitates}, {need:.1f} GB of memory')
 
 # %% ../nbs/06a_check.ipynb #9cc890ed
 def _look(params:dict # of 01_data

@@ -205,7 +205,7 @@ def _cpu_name() -> str:
 
 @functools.cache
 def has_bf16() -> bool:
-    "Whether the device computes with 16-bit numbers itself; a CPU that doesn't imitates it, far more slowly than it computes in fp32."
+    "Whether the device has 16-bit arithmetic; a CPU without imitates it, far more slowly than it computes in fp32."
     import torch
     known = getattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported', lambda: True)
     return torch.cuda.is_available() or bool(torch.backends.mkldnn.is_available() and known())
