@@ -15,7 +15,7 @@ run: setup            ## the whole road with the default model on the shipped sa
 test: setup           ## everything; with NB=02_lora only that room
 ifdef NB
 	$(BIN)/python -m pytest -q tests/test_frame.py -k "sync or clean or defaults or $(NB)"
-	$(BIN)/nbdev_test --path nbs/$(NB).ipynb --n_workers 1 --do_print
+	$(BIN)/python -m pytest -q tests/test_notebooks.py -k "$(NB)"
 else
 	$(TOGETHER) $(BIN)/python -m pytest -q -n $(JOBS) tests/test_frame.py
 	rm -rf _runs/demo
@@ -48,7 +48,7 @@ export: setup         ## write the modules from the notebooks, clean the noteboo
 
 notebooks: setup      ## run all notebooks and keep their outputs
 	rm -rf _runs/demo
-	cd nbs && for n in 0*.ipynb index.ipynb; do YOTHALIA_PROGRESS=off PYTHONWARNINGS=ignore ../$(BIN)/jupyter nbconvert --to notebook --execute --inplace $$n || exit 1; done
+	find nbs -name '*.ipynb' -not -path '*/.*' | sort | while read n; do YOTHALIA_PROGRESS=off PYTHONWARNINGS=ignore $(BIN)/jupyter nbconvert --to notebook --execute --inplace $$n || exit 1; done
 	$(BIN)/nbdev_clean && $(BIN)/nbdev_export
 	$(MAKE) readme
 

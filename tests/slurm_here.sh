@@ -46,8 +46,12 @@ EOF
   for i in $(seq 60); do [ "$(SLURM_CONF=$conf sinfo -h -t idle -o %D 2>/dev/null)" = 2 ] && exit 0; sleep .5; done
   echo 'the nodes did not come up' >&2; tail -5 "$dir"/*.log >&2; exit 1;;
 stop)
-  SLURM_CONF=$conf scancel -u root 2>/dev/null || true; sleep 1
+  SLURM_CONF=$conf timeout 20 scancel -u root 2>/dev/null || true; sleep 1
   SLURM_CONF=$conf timeout 20 scontrol shutdown 2>/dev/null || true; sleep 1
-  pkill -f "slurmd -N n[12]" || true; pkill -x slurmctld || true; pkill -x munged || true
-  for i in $(seq 20); do { pgrep munged || pgrep slurmd || pgrep slurmctld; } >/dev/null || break; sleep .5; done;;
+  # what is left of what was started here, by its own number
+  for f in "$dir"/*.pid /run/munge/munged.pid; do [ -f "$f" ] && kill "$(cat "$f")" 2>/dev/null || true; done
+  for i in $(seq 20); do
+    left=; for f in "$dir"/*.pid /run/munge/munged.pid; do [ -f "$f" ] && kill -0 "$(cat "$f")" 2>/dev/null && left=1; done
+    [ -z "$left" ] && break; sleep .5
+  done;;
 esac

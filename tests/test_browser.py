@@ -142,6 +142,8 @@ def test_run_all_in_jupyterlab(browser, lab, name):
 
 
 CHAT = '''from yothalia.chat import *
+from yothalia.characters import *
+from yothalia.sampling import *
 from yothalia.data import sample_rows
 from yothalia.models import *
 from dataclasses import replace

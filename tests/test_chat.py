@@ -8,7 +8,9 @@ import pytest, torch
 pytest.importorskip('hypothesis')
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from yothalia.chat import Character, PRESETS, Reply, Sampling, Session, Voice, character_of, held_back, next_token, said_again, talk
+from yothalia.characters import Character, character_of
+from yothalia.chat import Session, Voice, talk
+from yothalia.sampling import PRESETS, Sampling, held_back, next_token, said_again
 from yothalia.data import sample_rows
 from yothalia.models import load_model, load_tokenizer
 from yothalia.prompts import find_template, render
@@ -29,9 +31,9 @@ def queen(): return character_of([r for r in sample_rows() if r['character'] == 
 class Parrot:
     "A voice that says what number of answer this is."
     def __init__(self, tok): self.tok, self.n = tok, 0
-    def stream(self, prompt, s, stops=(), on=True, reply=None):
-        self.n += 1; reply.text, reply.ended = f'Answer {self.n}.', 'turn'
-        yield reply.text
+    def ask(self, r):
+        self.n += 1; r.text, r.ended = f'Answer {self.n}.', 'turn'
+        r.flow = iter([r.text]); return r
 
 
 steps = st.lists(st.one_of(st.tuples(st.just('say'), st.sampled_from(['Hello.', 'Why?\nReally?', '你好', '{{user}}'])), st.tuples(st.just('again'), st.none()),
@@ -69,7 +71,7 @@ def test_what_is_kept_changes_nothing(voice, queen):
         for k, line in enumerate(('Good morning!', 'Any tarts?', 'Who is that?', 'May I play croquet?')):
             for how in (lambda: s.say(line), s.again) if k % 2 else (lambda: s.say(line),):
                 if forget: v.kept, v.cache = [], None
-                list(how()); read += s.last.read; whole += s.last.prompt
+                list(how()); read += s.last.read; whole += len(s.last.prompt)
         return [t.text for t in s.turns], read, whole
     a, read, whole = ten(Voice(voice.model, voice.tok), False); b, all_of_it, _ = ten(Voice(voice.model, voice.tok), True)
     assert a == b and all_of_it == whole and read < .8*whole
@@ -111,10 +113,10 @@ def test_guard():
 def test_typed(tmp_path):
     "The command as a user types it: an answer, a wrong command, a log that a second talk goes on with; and a place that is none."
     env = {**os.environ, 'PYTHONPATH': str(ROOT), 'PYTHONWARNINGS': 'ignore', 'COLUMNS': '300'}
-    from yothalia.cards import make_card
+    from yothalia.characters import make_card
     card = make_card([r for r in sample_rows() if r['character'] == 'brasswick']).save(tmp_path/'brasswick.png')
     def typed(text, *args):
-        return subprocess.run([sys.executable, '-c', 'from yothalia.docs import app; app()', 'chat', *args], input=text, capture_output=True, text=True, env=env, cwd=tmp_path, timeout=240)
+        return subprocess.run([sys.executable, '-c', 'from yothalia.commands import app; app()', 'chat', *args], input=text, capture_output=True, text=True, env=env, cwd=tmp_path, timeout=240)
     log = tmp_path/'log.jsonl'
     got = typed(f'Good morning!\n/agian\n/save {log}\n', str(card), '--new-tokens', '8', '--user', 'Alice')
     assert got.returncode == 0, got.stderr[-2000:]

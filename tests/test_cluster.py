@@ -9,9 +9,8 @@ BIN = Path(sys.executable).parent
 RUN = ROOT/'_runs'
 pytestmark = pytest.mark.skipif(not (os.environ.get('YOTHALIA_TEST_CLUSTER') and shutil.which('slurmctld')), reason='make test-cluster starts a Slurm for these')
 SHORT = ['01_data', '02_lora']
-LONG = ['-p', '02_lora.train_rows=32', '-p', '02_lora.valid_rows=4', '-p', '02_lora.epochs=2.0', '-p', '02_lora.batch=4',
-        '-p', '02_lora.evals=4', '-p', '02_lora.replies=0']
-FEW = ['-p', '02_lora.replies=0', '-p', '02_lora.valid_rows=2']
+LONG = ['-p', '02_lora.epochs=3.0', '-p', '02_lora.batch=4', '-p', '02_lora.evals=4', '-p', '02_lora.replies=0']
+FEW = ['-p', '02_lora.replies=0', '-p', '02_lora.epochs=1.0', '-p', '02_lora.batch=4', '-p', '02_lora.evals=2']
 EARLY = [('ct-road', [], ['01_data', '02_lora', '03_quantization', '04_benchmark', '05_profiling']), ('ct-whole', LONG, SHORT),
          ('ct-fail', ['-p', '02_lora.max_tokens=16'], ['01_data', '02_lora', '04_benchmark'])]
 
@@ -19,10 +18,10 @@ EARLY = [('ct-road', [], ['01_data', '02_lora', '03_quantization', '04_benchmark
 @pytest.fixture(scope='module')
 def slurm(tmp_path_factory):
     "Two nodes, and a site file for them; every job of an earlier test run is gone."
-    box = tmp_path_factory.mktemp('slurm')
+    box = Path(os.environ.get('YOTHALIA_SLURM') or tmp_path_factory.mktemp('slurm'))
     up = subprocess.run(['bash', str(ROOT/'tests/slurm_here.sh'), 'start', str(box)], stderr=(box/'start.err').open('w'), timeout=90)
     if up.returncode: pytest.skip(f'no Slurm can be started on this machine: {(box/"start.err").read_text()[-500:]}')
-    (box/'tiny.yml').write_text('seed: 0\n')
+    (box/'tiny.yml').write_text('data: lesson\nseed: 0\n')
     site = dict(cpus=2, gpus=0, warn=10, time='00:15:00', setup=[f'source {BIN}/activate', 'export OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore'])
     (box/'site.yml').write_text(yaml.safe_dump(site))
     os.environ |= dict(SLURM_CONF=str(box/'slurm.conf'), YOTHALIA_SITE=str(box/'site.yml'))

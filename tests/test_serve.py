@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 
 openai = pytest.importorskip('openai')
-from yothalia.cards import make_card
+from yothalia.characters import make_card
 from yothalia.data import sample_rows
 
 ROOT = Path(__file__).parent.parent
 CHARACTERS = ('queen-of-hearts', 'brasswick', 'don-quixote', 'baba-yaga')
 WHO = ('queen-of-hearts', 'brasswick', 'don-quixote-of-la-mancha', 'baba-yaga')  # as their cards call them
 ENV = {**os.environ, 'PYTHONPATH': str(ROOT), 'PYTHONWARNINGS': 'ignore', 'YOTHALIA_PROGRESS': 'off', 'COLUMNS': '300'}
-COMMAND = [sys.executable, '-c', 'from yothalia.docs import app; app()', 'serve', 'no-run', '--precision', 'fp32', '--user', 'Alice']
+COMMAND = [sys.executable, '-c', 'from yothalia.commands import app; app()', 'serve', 'no-run', '--precision', 'fp32', '--user', 'Alice']
 
 
 def free_port():
@@ -202,7 +202,8 @@ def test_another_engine_behind(tmp_path):
     "The server before `transformers serve`, which does the work: greedy, it says what the own engine says; an engine that is gone is said, and nothing hangs."
     pytest.importorskip('fastapi', reason='transformers serve needs it')
     from yothalia.behind import Behind
-    from yothalia.chat import Sampling, Voice
+    from yothalia.chat import Voice
+    from yothalia.sampling import Sampling, heard as heard_alone
     from yothalia.engine import Request
     from yothalia.models import load_model, load_tokenizer, resolve_model
     from yothalia.prompts import _ids, render
@@ -217,7 +218,7 @@ def test_another_engine_behind(tmp_path):
         how = Sampling(temperature=0., guard=0, max_tokens=8)
         asked = [behind.ask(Request(_ids(tok, render(r, tok)[0]), Sampling(**vars(how)))) for r in rows]
         heard = [''.join(r.pieces(120)).strip() for r in asked]
-        assert heard == [''.join(own.stream(render(r, tok)[0], how)).strip() for r in rows] and all(heard)
+        assert heard == [heard_alone(own, render(r, tok)[0], how).strip() for r in rows] and all(heard)
         assert {r.ended for r in asked} <= {'limit', 'turn'} and behind.takes_ids is False
     finally: p.terminate(); p.wait(30)
     gone = behind.ask(Request(_ids(tok, 'Hello'), Sampling(max_tokens=4))); assert list(gone.pieces(60)) == [] and 'engine behind' in gone.ended

@@ -171,10 +171,10 @@ torch.distributed.destroy_process_group()
 
 def test_adapter_of_a_model_that_is_spread(tmp_path):
     "Trained by two processes that hold half a model each, its adapter fits the whole model and does what the log says."
-    from yothalia.data import ensure_data, load_split
+    from yothalia.data import DataConfig, load_split, prepare
     from yothalia.lora import condition_losses, loss_table, token_budget
     from yothalia.models import load_model, load_tokenizer
-    ensure_data(tmp_path/'run')
+    prepare(DataConfig(data='sample', out=str(tmp_path/'run')))
     (tmp_path/'spread.py').write_text(SPREAD)
     got = subprocess.run([sys.executable, '-W', 'ignore', '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', str(tmp_path/'spread.py'), str(tmp_path/'run')],
                          cwd=ROOT, capture_output=True, text=True, timeout=300, env={**os.environ, 'PYTHONPATH': str(ROOT)})

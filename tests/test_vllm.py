@@ -37,7 +37,7 @@ def test_scores_and_replies(vllm):
     "Log-likelihoods of replies to a thousandth of a nat, a letter by log-probabilities, and the same greedy replies."
     from yothalia.behind import Behind
     from yothalia.benchmark import question_item
-    from yothalia.chat import Sampling
+    from yothalia.sampling import Sampling
     from yothalia.contestants import Contestant
     from yothalia.data import sample_rows
     from yothalia.engine import Engine, Request
@@ -66,7 +66,7 @@ def test_adapter_by_name(vllm, tmp_path):
     "An adapter that vLLM loads from its folder and calls by a name is worn by the character that has it."
     from yothalia.adapters import load_adapters, random_adapters
     from yothalia.behind import Behind
-    from yothalia.chat import Sampling
+    from yothalia.sampling import Sampling
     from yothalia.data import sample_rows
     from yothalia.engine import Engine, Request
     from yothalia.models import load_model, load_tokenizer

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 os.environ |= dict(MPLBACKEND='agg', YOTHALIA_PROGRESS='off')
-from yothalia.cluster import STEPS, findings, look_first, plan, room, without_lessons
+from yothalia.report import findings
+from yothalia.runner import STEPS, look_first, plan, room, without_lessons
 from yothalia.core import *
 from yothalia.data import label_rows, sample_rows
 from yothalia.rows import DataError
@@ -16,9 +17,9 @@ TINY = ['train_rows=3', 'valid_rows=1', 'evals=1', 'batch=3', 'replies=1', 'repl
 MORE = {'alpaca': ['merged=true', 'batch=1', 'evals=3'], 'transcript': ['precisions=[nf4]', 'modes=[cloze, letter, generate]']}  # for the walks by command
 
 
-def the_run(step, params):
+def the_run(step, cfg):
     "Execute a notebook's run in this process, with the module's own definitions instead of the exported cells."
-    cells = without_lessons(json.loads((ROOT/'nbs'/f'{step}.ipynb').read_text()))['cells']
+    cells = without_lessons(json.loads(notebook(step).read_text()))['cells']
     module = importlib.import_module(f'yothalia.{room(step)}')
     space = {k: v for k, v in vars(module).items() if callable(v) or inspect.ismodule(v) or not k.islower()} | {'__name__': '__main__'}
     for c in cells:
@@ -26,7 +27,7 @@ def the_run(step, params):
         body = '\n'.join(l for l in text.splitlines() if not l.startswith('#|'))
         imports = all(l.startswith(('import ', 'from ')) for l in body.strip().splitlines())
         if c['cell_type'] == 'code' and 'skip-execution' not in tags and (imports or not text.startswith('#| export')): exec(body, space)
-        if 'parameters' in tags: space.update(params)
+        if 'parameters' in tags: space.update(cfg.model_dump())
 
 
 def of(character, n, lang=None): return [r for r in sample_rows() if r['character'] == character and lang in (None, r['lang'])][:n]
@@ -130,13 +131,15 @@ def same_merged(out):
 def test_walk_measures(make, tmp_path):
     "The rooms that a run does on request, on rows without personas, of one character, and on twelve rows."
     path, given = written(make, tmp_path)
-    few = ['questions=2', 'templates=[rules, examples]', 'new_tokens=2', 'lines=1', 'characters=1', 'train_sizes=[0, 3]', 'loss_rows=2', 'reply_lines=1']
+    few = ['questions=2', 'templates=[rules, examples]', 'new_tokens=2', 'lines=1', 'characters=1', 'train_sizes=[0, 3]', 'loss_rows=2', 'reply_lines=1',
+           'factors={learning_rate: [2.0e-3]}', 'rate.steps=8', 'test_rows=1', 'epochs=1.0']
     given = [g for g in given if not g.startswith(('questions=', 'tracks='))]
-    steps = ['01_data', '04f_templates', '02_lora', '04g_replies', '04h_curve']
+    steps = ['01_data', 'templates', '02_lora', 'replies', 'curve', *(['rate', 'sweep', 'specificity'] if make is twelve else [])]
     planned = plan({}, [*TINY, *given, *few, f'data={path}', f'out={tmp_path}/out'], steps)
-    for step, params in planned.items(): the_run(step, params)
+    for step, cfg in planned.items(): the_run(step, cfg)
     got = {s: load_records(tmp_path/'out'/'records', step=s) for s in ('templates', 'replies', 'curve')}
     assert len(got['templates']) == (3 if make is tavern else 0) and len(got['curve']) == 2, got
+    if make is twelve: assert len(load_records(tmp_path/'out'/'records', step='sweep')) == 3 and load_records(tmp_path/'out'/'records', step='rate')
     conditions = {'base', 'lora', 'author'} | ({'prompt', 'both'} if make is not alpaca else set())
     assert {r['what']['condition'] for r in got['replies']} == conditions, got['replies']
 

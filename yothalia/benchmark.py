@@ -9,7 +9,7 @@ __all__ = ['MODES', 'ModeName', 'ReadingName', 'about', 'Mode', 'scores', 'Bench
            'parse_strict', 'parse_lenient', 'answered', 'score_generate', 'accuracy', 'mcnemar', 'picked', 'right',
            'summary', 'score_all', 'key_of_prior', 'described', 'split_kind', 'template_of', 'dev_questions_of',
            'choose_headline', 'in_mode', 'benchmark', 'one_record', 'headline_of', 'accuracy_table', 'brief_table',
-           'plot_accuracy', 'model_replies', 'ask_tracks']
+           'plot_accuracy', 'model_replies', 'ask_tracks', 'Found']
 
 # %% ../nbs/04_benchmark.ipynb #83db4014
 import hashlib, json, re
@@ -22,12 +22,14 @@ from typing import Literal
 # %% ../nbs/04_benchmark.ipynb #c230333d
 import numpy as np, pandas as pd, torch
 from scipy import stats
+from fastcore.basics import patch
 from .core import *
 from .core import Config, Field
 from .models import *
 from .rows import DataError
 from .data import data_hash, ensure_data, lesson_rows, load_split
 from .prompts import *
+from .runs import *
 from .questions import Pool, TRACKS, TrackName, make_questions, make_tracks, questions_hash, save_questions, save_rules
 from .scoring import Item, plain_scores, road, score_items
 
@@ -42,8 +44,8 @@ class Mode:
 
 MODES = {'cloze': Mode(('pmi', 'token', 'sum', 'byte')), 'letter': Mode(('letter',), 'letter_questions'),
          'generate': Mode(('strict', 'lenient'), 'generate_questions')}
-ModeName = Literal[tuple(MODES)]
-ReadingName = Literal[tuple(r for m in MODES.values() for r in m.readings)]
+ModeName = one_of(MODES, 'mode') # the type in every configuration
+ReadingName = str # one of a mode's readings
 
 def scores(mode:ModeName): # a key of `MODES`
     "Decorator: the function that scores questions in this mode."
@@ -51,23 +53,18 @@ def scores(mode:ModeName): # a key of `MODES`
     return register
 
 # %% ../nbs/04_benchmark.ipynb #139e12d4
-class BenchmarkConfig(Config):
+class BenchmarkConfig(TunedConfig):
     "Parameters of this room."
-    out: str = '_runs/demo'
-    model: str = 'smollm2-135m'
-    precision: PrecisionName = 'bf16'
-    adapter: str = 'auto'
-    template: str = 'auto'
     tracks: list[TrackName] = Field(['speaker', 'voice', 'random'], min_length=1)
     otherwise: list[TrackName] = ['own', 'random']
-    questions: int = Field(4, ge=0)
+    questions: int = Field(1000, ge=0)
     options: int = Field(5, ge=3, le=10)
     modes: list[ModeName] = Field(['cloze', 'letter', 'generate'], min_length=1)
     mode_tracks: list[TrackName] = ['random']
-    own_questions: int = Field(20, ge=0)
-    letter_questions: int = Field(1, ge=0)
-    generate_questions: int = Field(1, ge=0)
-    dev_questions: int = Field(0, ge=0)
+    own_questions: int = Field(200, ge=0)
+    letter_questions: int = Field(300, ge=0)
+    generate_questions: int = Field(100, ge=0)
+    dev_questions: int = Field(400, ge=0)
     base_url: str = ''
     tokenizer: str = ''
     parallel: int = Field(4, ge=1, le=64)
@@ -77,7 +74,6 @@ class BenchmarkConfig(Config):
     budget: int = Field(0, ge=0)
     max_reply: int = Field(128, ge=8)
     max_context: int = Field(2048, ge=64)
-    seed: int = Field(0, ge=0, lt=2**32)
 
 # %% ../nbs/04_benchmark.ipynb #4de6cf7c
 def conditions(qs:list[dict], # questions of one track
@@ -383,7 +379,6 @@ def benchmark(cfg:BenchmarkConfig, model, tok, tracks:dict[str,list[dict]], adap
              ) -> list[dict]: # records
     "Score all questions in all modes and conditions; write a record for each, and one of the rules for each track."
     base, out, folder, known = described(cfg), [], rooted(cfg.out)/'records', {}
-    for f in folder.glob('benchmark-*.json'): f.unlink()  # of an earlier run; the lines are kept and taken up
     for track, qs in tracks.items():
         if not qs: continue
         chosen = choose_headline(cfg, model, tok, base, track, told)
@@ -523,3 +518,22 @@ def ask_tracks(cfg:BenchmarkConfig, model, tok, test:list[dict]) -> dict[str,lis
         return {t: out[t] for t in tracks}
     asked = made(cfg.tracks)
     return asked if any(asked.values()) else asked | made(cfg.otherwise)
+
+# %% ../nbs/04_benchmark.ipynb #a5c00002
+class Found:
+    "What was answered: records, that show themselves."
+    def __init__(self, records:list[dict]): self.records = records
+    def __repr__(self): return brief_table(self.records).to_string(index=False)
+    def _repr_html_(self): return brief_table(self.records).to_html(index=False, border=0)
+    def plot(self):
+        "Accuracies with intervals, the rule, and chance."
+        return plot_accuracy(self.records)
+
+@patch
+def ask(self:Run, tracks=('speaker', 'voice'), # keys of `TRACKS`
+        **given # other parameters of `BenchmarkConfig`: questions, modes …
+       ) -> Found:
+    "Ask the run's model, in every condition that its rows and its adapter allow."
+    cfg = self.config(BenchmarkConfig, **dict(tracks=list(tracks), modes=['cloze']) | given)
+    asked = ask_tracks(cfg, self.lm, self.tok, self.rows('test'))
+    return Found(benchmark(cfg, self.lm, self.tok, asked, self.worn, self.how))

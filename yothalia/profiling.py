@@ -28,20 +28,17 @@ from .scoring import Item, auto_budget, road_costs, score_items
 from .training import Told, Training, matmul_parameters, matmul_rate, wait_for_gpu
 
 os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # torch's profiler writes its stages to stderr
+from .runs import *
 
 # %% ../nbs/05_profiling.ipynb #c776f884
-class ProfilingConfig(Config):
+class ProfilingConfig(HeldConfig):
     "Parameters of this room."
-    out: str = '_runs/demo'
-    model: str = 'smollm2-135m'
-    precision: PrecisionName = 'bf16'
-    iteration_rows: int = Field(1, ge=1)
-    iteration_questions: int = Field(1, ge=1)
+    iteration_rows: int = Field(8, ge=1)
+    iteration_questions: int = Field(8, ge=1)
     pack_tokens: int = Field(0, ge=0)
     rank: int = Field(16, ge=1)
     max_tokens: int = Field(1024, ge=16)
     matmul_size: int = Field(0, ge=0, le=32768)
-    seed: int = Field(0, ge=0, lt=2**32)
 
 # %% ../nbs/05_profiling.ipynb #93e97abb
 @contextmanager
