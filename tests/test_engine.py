@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest, torch
 
 from yothalia.chat import Voice
-from yothalia.sampling import Sampling, heard as heard_alone
+from yothalia.sampling import Sampling, hear as heard_alone
 from yothalia.data import sample_rows
 from yothalia.engine import Engine, Request
 from yothalia.models import load_model, load_tokenizer

@@ -9,7 +9,7 @@ from yothalia.core import rooted
 from yothalia.data import lesson_rows
 from yothalia.commands import app
 from yothalia.export import *
-from yothalia.export import Asked
+from yothalia.verify import *
 from yothalia.lora import LoraConfig, add_lora
 from yothalia.models import EMBEDDED, ModelError, load_model, load_tokenizer, switched
 from yothalia.prompts import PERSONA

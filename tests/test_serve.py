@@ -203,7 +203,7 @@ def test_another_engine_behind(tmp_path):
     pytest.importorskip('fastapi', reason='transformers serve needs it')
     from yothalia.behind import Behind
     from yothalia.chat import Voice
-    from yothalia.sampling import Sampling, heard as heard_alone
+    from yothalia.sampling import Sampling, hear as heard_alone
     from yothalia.engine import Request
     from yothalia.models import load_model, load_tokenizer, resolve_model
     from yothalia.prompts import _ids, render

@@ -30,7 +30,8 @@ class AdaptersConfig(HeldConfig):
 def random_adapters(names:list[str], model:str=EMBEDDED, precision:str='fp32', rank:int=8, seed:int=0): # a PeftModel
     "A model with adapters that act and mean nothing, to try and to time with."
     told = PeftLoraConfig(task_type='CAUSAL_LM', target_modules='all-linear', r=rank, lora_alpha=2*rank)
-    m = load_model(model, precision); torch.manual_seed(seed)
+    m = load_model(model, precision)
+    torch.manual_seed(seed)
     pm = get_peft_model(m, told, adapter_name=names[0], autocast_adapter_dtype=False)
     for n in names[1:]: pm.add_adapter(n, told)
     for k, p in pm.named_parameters():
@@ -67,7 +68,8 @@ class Adapters:
 
 # %% ../nbs/chat/adapters.ipynb #02g00010
 @patch
-def wear(self:Adapters, names:list) -> torch.Tensor: # for each row a name, True for the first, or None; (rows, adapters)
+# for each row a name, True for the first, or None; (rows, adapters)
+def wear(self:Adapters, names:list) -> torch.Tensor:
     "What rows wear, as numbers; a `ValueError` that names the nearest adapter for one that is not there."
     out = torch.zeros(len(names), len(self.names))
     for row, n in zip(out, names):

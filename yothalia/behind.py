@@ -29,7 +29,8 @@ class BehindConfig(Config):
 # %% ../nbs/chat/behind.ipynb #07h0000b
 class Behind:
     "An engine at another address."
-    def __init__(self, tok, url:str, base:str, tuned:str='', # the model's tokenizer; up to /v1; names there of the model and of it with the adapter
+    def __init__(self, tok, url:str, base:str,
+                 tuned:str='', # the model's tokenizer; up to /v1; names there of the model and of it with the adapter
                  places:int=16, room:int=2048, waiting:int=64):
         from openai import OpenAI
         check_url(url)
@@ -59,13 +60,16 @@ def ask(self:Behind, r:Request) -> Request:
 @patch
 def stop(self:Behind, seconds:float=10):
     "No more requests; who is being answered is finished."
-    self.stopping.set(); self.pool.shutdown(wait=True, cancel_futures=True)
+    self.stopping.set()
+    self.pool.shutdown(wait=True, cancel_futures=True)
 
 # %% ../nbs/chat/behind.ipynb #07h0000e
 def take_text(r, piece:str, stops:tuple[str,...]) -> str: # a reply; what is certain now and was not before
     "Put a piece of text to a reply, which may end by it."
     r.text = (r.text + piece).lstrip()
-    if at := [i for t in stops if (i := r.text.find(t)) >= 0]: r.text = r.text[:min(at)]; return close(r, 'stop text')
+    if at := [i for t in stops if (i := r.text.find(t)) >= 0]:
+        r.text = r.text[:min(at)]
+        return close(r, 'stop text')
     sure = len(r.text) - held_back(r.text, stops)
     new, r.sent = r.text[r.sent:sure], max(sure, r.sent)
     return new
@@ -75,12 +79,16 @@ def begin(self:Behind, r:Request): # a stream of events
     "Ask the engine to continue the prompt."
     import openai
     s, bos = r.sampling, self.tok.bos_token_id
-    told = dict(model=self.names.get(r.on, r.on), max_tokens=s.max_tokens, temperature=s.temperature, top_p=s.top_p, stream=True)
+    told = dict(model=self.names.get(r.on, r.on), max_tokens=s.max_tokens, temperature=s.temperature, top_p=s.top_p,
+                stream=True)
     if s.seed is not None: told['seed'] = s.seed
     if r.stops: told['stop'] = list(r.stops[:4])
     text = self.tok.decode(r.prompt[1:] if r.prompt[0] == bos and self.tok('x')['input_ids'][0] == bos else r.prompt)
     if self.takes_ids is not False:
-        try: got = self.client.completions.create(prompt=list(r.prompt), **told); self.takes_ids = True; return got
+        try:
+            got = self.client.completions.create(prompt=list(r.prompt), **told)
+            self.takes_ids = True
+            return got
         except (openai.BadRequestError, openai.UnprocessableEntityError):
             if self.takes_ids: raise
             self.takes_ids = False
@@ -97,11 +105,13 @@ def answer(self:Behind, r:Request):
             for e in stream:
                 if r.cancelled.is_set(): return r.end('cancelled')
                 if not e.choices: continue
-                self.steps += 1; r.first = r.first or time.perf_counter()-r.asked
+                self.steps += 1
+                r.first = r.first or time.perf_counter()-r.asked
                 if piece := take_text(r, e.choices[0].text or '', r.stops): r.tell(piece)
                 why = e.choices[0].finish_reason or why
                 if r.ended: break
-        r.ids = self.tok(r.text, add_special_tokens=False)['input_ids']; self.tokens += len(r.ids)
+        r.ids = self.tok(r.text, add_special_tokens=False)['input_ids']
+        self.tokens += len(r.ids)
         r.end('' if r.ended else 'limit' if why == 'length' else 'turn')
     except Exception as e: r.end(f'the engine behind: {type(e).__name__}: {str(e)[:200]}')
     finally:

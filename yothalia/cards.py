@@ -62,7 +62,8 @@ def card_of(o, # from JSON
         return Card(_checked(o['data'], name), beside, version)
     flat = {k: o.get(k, o.get(old)) for k, old in OTHER_SPELLINGS.items()} | {'personality': o.get('personality')}
     if not any(flat[k] for k in flat if k != 'name'):
-        raise CardError(f'{name} is JSON, but no character card: there is neither spec and data, nor name and description.')
+        raise CardError(f'{name} is JSON, but no character card: there is neither spec and data, nor name and '
+                        f'description.')
     rest = {k: v for k, v in o.items() if k not in OTHER_SPELLINGS.values()}
     return Card(_checked(rest | {k: v for k, v in flat.items() if v is not None}, name), {}, 1)
 
@@ -91,7 +92,8 @@ def decorated(content:str) -> tuple[list[tuple[str,str,int]], str]: # (name, val
     "Split the decorators from an entry's content."
     lines, found = content.split('\n'), []
     while lines and (m := re.fullmatch(r'\s*(@{2,})(\w+)[ \t]*(.*?)\s*', lines[0])):
-        found.append((m[2].lower(), m[3], len(m[1]))); lines.pop(0)
+        found.append((m[2].lower(), m[3], len(m[1])))
+        lines.pop(0)
     return found, '\n'.join(lines).strip() if found else content
 
 # %% ../nbs/data/cards.ipynb #07a00013
@@ -102,7 +104,8 @@ def _no_number(s): raise ValueError(f'{s} is no JSON number')
 def parse_json(b:bytes, name:str='the card'):
     "What the bytes hold as JSON (RFC 8259); a `CardError` if they hold none, or more than a card can be."
     if len(b) > MAX_JSON:
-        raise CardError(f'{name} holds {len(b)/2**20:.0f} MB of JSON, more than the {MAX_JSON/2**20:.0f} that a card may have.')
+        raise CardError(f'{name} holds {len(b)/2**20:.0f} MB of JSON, more than the {MAX_JSON/2**20:.0f} that a card '
+                        f'may have.')
     try: o = json.loads(b.decode('utf-8-sig'), parse_constant=_no_number)
     except UnicodeDecodeError as e: raise CardError(f'{name} is not UTF-8 (byte {e.start}).') from None
     except RecursionError: raise CardError(f'{name} is nested too deeply for a card.') from None
@@ -124,18 +127,22 @@ def to_json(o) -> str:
 SIGNATURE = b'\x89PNG\r\n\x1a\n'
 
 def png_chunks(b:bytes, name:str='the card') -> list[tuple[bytes,bytes]]: # (kind, content)
-    "The chunks of a PNG up to its end ([PNG, section 5](https://www.w3.org/TR/png-3/#5DataRep)), each with a right checksum."
+    """The chunks of a PNG up to its end ([PNG, section 5](https://www.w3.org/TR/png-3/#5DataRep)), each with a right
+    checksum."""
     if not b.startswith(SIGNATURE): raise CardError(f'{name} is not a PNG.')
     if len(b) > MAX_PNG:
         raise CardError(f'{name} has {len(b)/2**20:.0f} MB, more than the {MAX_PNG/2**20:.0f} that a card may have.')
     at, out = 8, []
     while not out or out[-1][0] != b'IEND':
-        n = int.from_bytes(b[at:at+4], 'big'); end = at+12+n
+        n = int.from_bytes(b[at:at+4], 'big')
+        end = at+12+n
         if at+12 > len(b) or end > len(b):
             raise CardError(f'{name} is cut off after {len(b):,} bytes: bring a whole copy.')
         if zlib.crc32(b[at+4:end-4]) != int.from_bytes(b[end-4:end], 'big'):
-            raise CardError(f'{name} is damaged at byte {at:,} (chunk {b[at+4:at+8].decode("latin-1")!r}): bring a whole copy.')
-        out.append((b[at+4:at+8], b[at+8:end-4])); at = end
+            raise CardError(f'{name} is damaged at byte {at:,} (chunk {b[at+4:at+8].decode("latin-1")!r}): bring a '
+                            f'whole copy.')
+        out.append((b[at+4:at+8], b[at+8:end-4]))
+        at = end
     return out
 
 def _chunk(kind:bytes, body:bytes) -> bytes:
@@ -146,7 +153,9 @@ def _text_of(kind:bytes, body:bytes, name:str) -> tuple[str,bytes]: # keyword, t
     "What a text chunk says; compressed ones are unpacked up to what a card may have."
     word, _, rest = body.partition(b'\0')
     packed = kind == b'zTXt'
-    if kind == b'iTXt': packed = rest[:1] == b'\1'; rest = b'\0'.join(rest[2:].split(b'\0', 2)[2:])
+    if kind == b'iTXt':
+        packed = rest[:1] == b'\1'
+        rest = b'\0'.join(rest[2:].split(b'\0', 2)[2:])
     elif packed: rest = rest[1:]
     if packed:
         limit, d = MAX_JSON*4//3 + 4, zlib.decompressobj()
@@ -164,7 +173,8 @@ def from_png(b:bytes, name:str='the card') -> Card:
         raise CardError(f'{name} is a picture without a character in it: some sites strip it. Download the original.')
     try: o = base64.b64decode(b''.join(found[0].split()), validate=True)
     except ValueError: raise CardError(f'{name}: the character in it is not base64.') from None
-    card = card_of(parse_json(o, name), name); card.picture = b
+    card = card_of(parse_json(o, name), name)
+    card.picture = b
     return card
 
 # %% ../nbs/data/cards.ipynb #07a00018
@@ -174,8 +184,10 @@ def portrait(name:str) -> bytes:
     from colorsys import hls_to_rgb
     h = int(content_hash(name)[:4], 16)/65536
     rgb = lambda l: tuple(int(255*v) for v in hls_to_rgb(h, l, .35))
-    img = Image.new('RGB', (256, 384), rgb(.82)); d = ImageDraw.Draw(img)
-    d.ellipse((78, 90, 178, 190), fill=rgb(.45)); d.pieslice((28, 210, 228, 470), 180, 360, fill=rgb(.45))
+    img = Image.new('RGB', (256, 384), rgb(.82))
+    d = ImageDraw.Draw(img)
+    d.ellipse((78, 90, 178, 190), fill=rgb(.45))
+    d.pieslice((28, 210, 228, 470), 180, 360, fill=rgb(.45))
     letters = ''.join(w[0] for w in re.findall(r'\w+', name))[:2].upper()
     d.text((128, 300), letters if letters.isascii() else '', fill='white', anchor='mm', font=ImageFont.load_default(56))
     img.save(out := io.BytesIO(), 'PNG', optimize=True)
@@ -212,7 +224,8 @@ def from_charx(b:bytes, name:str='the card') -> Card:
         left -= len(got)
         if left < 0: raise CardError(f'{name} unpacks to more than {MAX_ARCHIVE/2**20:.0f} MB.')
         files[i.filename] = got
-    card = card_of(parse_json(files.pop('card.json'), name), name); card.files = files
+    card = card_of(parse_json(files.pop('card.json'), name), name)
+    card.files = files
     return card
 
 @patch
@@ -247,8 +260,9 @@ def read_card(path:str|Path # .json, .png or .charx
 @patch
 def save(self:Card, path:str|Path) -> Path:
     "Write the card as what the file's name says: .json, .png or .charx."
-    p = rooted(path); made = {'.json': lambda: to_json(self.as_object()).encode(), '.png': self.to_png,
-                              '.charx': self.to_charx}
+    p = rooted(path)
+    made = {'.json': lambda: to_json(self.as_object()).encode(), '.png': self.to_png,
+            '.charx': self.to_charx}
     if p.suffix.lower() not in made: raise CardError(f'{p.name}: a card ends in {", ".join(made)}.')
     with atomic(p) as new: new.write_bytes(made[p.suffix.lower()]())
     return p
@@ -264,7 +278,8 @@ def _options(s:str) -> list[str]:
 
 def _macro(inside:str, names:dict, rng, place:str) -> str|None: # None: not known
     "What stands for a macro."
-    name, _, rest = inside.partition(':'); name = name.strip().lower()
+    name, _, rest = inside.partition(':')
+    name = name.strip().lower()
     if inside.strip().startswith('//') or name in ('comment', 'hidden_key'): return ''
     if not rest and name in names: return names[name]
     if name == 'random' and rest: return rng.choice(_options(rest))
@@ -421,17 +436,17 @@ def wakes(entry:Entry, text:str, # what is looked at for keys
 def woken(self:Card, messages:list[str], # what was said, the latest last
           replies:int=0, greeting:int=0) -> list[Entry]:
     "The entries of its lorebook that the conversation brings up."
-    book = self.data.get('character_book') or {}
+    book, start = self.data.get('character_book') or {}, time.perf_counter()
     asleep = [entry_of(e) for e in book.get('entries') or () if isinstance(e, dict)][:5000]
     depth = book['scan_depth'] if isinstance(book.get('scan_depth'), int) and book['scan_depth'] > 0 else len(messages)
-    awake, more, start = [], '', time.perf_counter()
-    left = lambda: SECONDS if time.perf_counter() - start < 1 else 0
+    awake, more = [], ''
     for _ in range(10):
-        look = lambda e: '\n'.join(messages[-e.told['scan_depth']:] if e.told.get('scan_depth')
-                                   else messages[-depth:]) + '\n' + more
-        up = [wakes(e, look(e), replies, greeting, left()) for e in asleep]
-        new, asleep = ([e for e, u in zip(asleep, up) if u is k] for k in (True, False))
-        awake += new
+        new, rest = [], []
+        for e in asleep:
+            text = '\n'.join(messages[-(e.told.get('scan_depth') or depth):]) + '\n' + more
+            seconds = SECONDS if time.perf_counter() - start < 1 else 0
+            (new if wakes(e, text, replies, greeting, seconds) else rest).append(e)
+        awake, asleep = awake + new, rest
         more = '\n'.join(e.text for e in awake)
         if not new or book.get('recursive_scanning') is not True: break
     return awake
@@ -450,7 +465,8 @@ def within_budget(entries:list[Entry], budget:int, count # a function: text → 
 def found_lore(self:Card, messages:list[str], user:str='User', # what was said, the latest last
                count=lambda text: len(text)//4, # tokens of a text
                budget:int|None=None, # tokens there is room for, at most what the book allows itself
-               replies:int=0, greeting:int=0, rng=random) -> dict[str,list]: # place → texts; 'depth' → (messages back, role, text)
+               # place → texts; 'depth' → (messages back, role, text)
+               replies:int=0, greeting:int=0, rng=random) -> dict[str,list]:
     "What its lorebook tells at this point of a conversation, and where."
     own = (self.data.get('character_book') or {}).get('token_budget')
     limits = [b for b in (own, budget) if isinstance(b, int) and b > 0]
@@ -480,5 +496,6 @@ def summary(self:Card, user:str='User') -> list[str]: # lines
            + f", by {self.data['creator']}"*bool(self.data.get('creator'))]
     out += ['', 'What the model is told:', self.persona(user, rng=rng) or '(nothing)']
     if hello := self.greetings(user, rng): out += ['', f'How it begins ({len(hello)}):', hello[0]]
-    out += ['', f'{len(self.dialogues(user))} example dialogues, {len(book)} entries of lore, {len(self.files)} files beside it']
+    out += ['', f'{len(self.dialogues(user))} example dialogues, {len(book)} entries of lore, {len(self.files)} files '
+                f'beside it']
     return out + (['', 'For people:', notes] if notes else [])

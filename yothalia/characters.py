@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 # %% ../nbs/chat/characters.ipynb #7f3c9174
+import numpy as np
 from .core import *
 from .rows import expand
 from .data import DEMO, ensure_data, jaccard, languages, load_split, ngrams, normal, script, spoken_name
@@ -22,14 +23,14 @@ from .runs import *
 # %% ../nbs/chat/characters.ipynb #07a00042
 def varied(rows:list[dict], n:int=6) -> list[dict]:
     "Rows whose replies differ most from each other; the first is the one most like all."
-    grams = [ngrams(normal(r['reply']), 4) for r in rows]
     if len(rows) <= n: return list(rows)
+    grams = [ngrams(normal(r['reply']), 4) for r in rows]
     likeness = [sum(jaccard(a, b) for b in grams[:200]) for a in grams]
-    chosen = [max(range(len(rows)), key=likeness.__getitem__)]
-    near = [jaccard(g, grams[chosen[0]]) for g in grams]
+    chosen, near = [int(np.argmax(likeness))], np.zeros(len(rows))
     while len(chosen) < n:
-        chosen.append(min((k for k in range(len(rows)) if k not in chosen), key=lambda k: (near[k], -len(grams[k]))))
-        near = [max(a, jaccard(g, grams[chosen[-1]])) for a, g in zip(near, grams)]
+        near = np.maximum(near, [jaccard(g, grams[chosen[-1]]) for g in grams])
+        left = [k for k in range(len(rows)) if k not in chosen]
+        chosen.append(min(left, key=lambda k: (near[k], -len(grams[k]))))
     return [rows[k] for k in chosen]
 
 # %% ../nbs/chat/characters.ipynb #07a00045
@@ -51,20 +52,19 @@ def make_card(rows:list[dict], # of one character
               n:int=6 # example dialogues
              ) -> Card:
     "A card for a character, from rows of how it talks."
-    one, personas = rows[0], [r['instruction'] for r in rows if r.get('instruction')]
-    persona = max(personas, key=personas.count) if personas else ''
+    personas = Counter(r['instruction'] for r in rows if r.get('instruction')).most_common(1)
+    persona, who = personas[0][0] if personas else '', rows[0]['character']
     rows = [r for r in rows if (r.get('instruction') or '') == persona]  # of one language, where there are two
     alone = [r for r in rows if not r.get('history') and fits_card(r)] or rows
     hello = next((r for p in _OPENINGS for r in alone if p.search(r['user'])), dict(reply=''))
     shown = varied([r for r in alone if r is not hello and len(r['reply']) < 1000] or alone, n)
-    example = lambda r: f"<START>\n{{{{user}}}}: {r['user']}\n{{{{char}}}}: {r['reply']}"
-    return card_of(dict(spec='chara_card_v3', spec_version='3.0', data=dict(
-        name=spoken_name(persona) or one['character'].replace('-', ' ').title(), description=persona, personality='',
-        scenario='',
-        first_mes=hello['reply'], mes_example='\n'.join(map(example, shown)), creator_notes=notes, system_prompt='',
-        post_history_instructions='', alternate_greetings=[], tags=sorted({r['lang'] for r in rows}), creator='',
-        character_version='1',
-        group_only_greetings=[], extensions={'yothalia': more or {}})))
+    examples = '\n'.join(f"<START>\n{{{{user}}}}: {r['user']}\n{{{{char}}}}: {r['reply']}" for r in shown)
+    empty = dict.fromkeys(('personality', 'scenario', 'system_prompt', 'post_history_instructions', 'creator'), '')
+    data = empty | dict(name=spoken_name(persona) or who.replace('-', ' ').title(), description=persona,
+                        first_mes=hello['reply'], mes_example=examples, creator_notes=notes, alternate_greetings=[],
+                        group_only_greetings=[], tags=sorted({r['lang'] for r in rows}), character_version='1',
+                        extensions={'yothalia': more or {}})
+    return card_of(dict(spec='chara_card_v3', spec_version='3.0', data=data))
 
 # %% ../nbs/chat/characters.ipynb #07b00015
 @dataclass
@@ -80,10 +80,11 @@ class Character:
 def character_of(rows:list[dict], # of one character, in one or several languages
                 ) -> Character:
     "A character from rows of how it talks."
-    langs = [l for l, _ in Counter(r['lang'].split('-')[0] for r in rows).most_common()]
-    of = {l: [r for r in rows if r['lang'].split('-')[0] == l] for l in langs}
-    cards = {l: make_card(rs) for l, rs in of.items()}
-    return Character(cards[langs[0]].data['name'], {l: c.data['description'] for l, c in cards.items()},
+    by = {}
+    for r in rows: by.setdefault(r['lang'].split('-')[0], []).append(r)
+    cards = {l: make_card(by[l]) for l in sorted(by, key=lambda l: -len(by[l]))}
+    first = next(iter(cards.values()))
+    return Character(first.data['name'], {l: c.data['description'] for l, c in cards.items()},
                      {l: c.greetings() for l, c in cards.items()}, rows)
 
 # %% ../nbs/chat/characters.ipynb #07b00015y

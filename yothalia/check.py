@@ -28,21 +28,29 @@ def _most(counts:Counter, n:int=5) -> str:
 def contents(done:dict # from `label_and_split`
             ) -> dict[str,str]: # what → in words
     "What the rows are."
-    rows = [r for p in ('train', 'valid', 'test') for r in done[p]]
-    turns, told = [len(r['history'])+2 for r in rows if r['history']], sum(bool(r['instruction']) for r in rows)
-    size = np.percentile([len(r['reply']) for r in rows], [5, 50, 95]).astype(int)
+    parts = {'train': 'to train', 'valid': 'held out', 'test': 'to test'}
+    rows = [r for p in parts for r in done[p]]
+    low, median, high = np.percentile([len(r['reply']) for r in rows], [5, 50, 95]).astype(int)
     why = Counter(re.sub(r' of line \d+', '', j.reason) for j in done['rejects'])
-    return {'rows': f"{len(rows):,} of {len(rows)+len(done['rejects']):,}"
-            + (f', left out: {_most(why)}' if why else ''),
+    kept = f"{len(rows):,} of {len(rows)+len(done['rejects']):,}"
+    return {'rows': f'{kept}, left out: {_most(why)}' if why else kept,
             'characters': _most(Counter(r['character'] for r in rows)),
             'languages': _most(Counter(r['lang'] for r in rows)),
-            'personas': 'every row has one' if told == len(rows) else f'{told:,} rows have one' if told
-            else 'none: the conditions prompt and both are left out (give one by persona=…)',
-            'earlier turns': f'{len(turns):,} rows have some, {int(np.median(turns))} turns in the median' if turns
-            else 'none',
-            'replies': f'{size[1]:,} characters in the median, 90 of 100 between {size[0]:,} and {size[2]:,}',
-            'split': ', '.join(f"{len(done[p]):,} {name}" for p, name in (('train', 'to train'), ('valid', 'held out'),
-                ('test', 'to test')))}
+            'personas': _personas(rows), 'earlier turns': _turns(rows),
+            'replies': f'{median:,} characters in the median, 90 of 100 between {low:,} and {high:,}',
+            'split': ', '.join(f'{len(done[p]):,} {name}' for p, name in parts.items())}
+
+def _personas(rows:list[dict]) -> str:
+    "How many rows say who the character is, in words."
+    n = sum(bool(r['instruction']) for r in rows)
+    if n == len(rows): return 'every row has one'
+    if n: return f'{n:,} rows have one'
+    return 'none: the conditions prompt and both are left out (give one by persona=…)'
+
+def _turns(rows:list[dict]) -> str:
+    "How many rows have earlier turns, in words."
+    turns = [len(r['history'])+2 for r in rows if r['history']]
+    return f'{len(turns):,} rows have some, {int(np.median(turns))} turns in the median' if turns else 'none'
 
 # %% ../nbs/run/check.ipynb #ed8d813b
 def possible_questions(test:list[dict], # test rows
@@ -68,7 +76,8 @@ def track_lines(counts:dict[str,int]) -> dict[str,str]: # track → in words
 
 # %% ../nbs/run/check.ipynb #aa32b3a4
 def guess_tokens(text:str, model:str=EMBEDDED) -> float:
-    "About how many tokens a text has: four Latin letters each; a Chinese character is 1.6 for the small English model, else 0.8."
+    """About how many tokens a text has: four Latin letters each; a Chinese character is 1.6 for the small English
+    model, else 0.8."""
     wide = sum(c > '\u2e80' for c in text) if not text.isascii() else 0
     return (len(text)-wide)/4 + wide*(1.6 if model == EMBEDDED else .8)
 
@@ -88,7 +97,8 @@ def _rate() -> tuple[float, float, str]: # FLOP/s, share of it that training rea
     a = torch.randn(*([4096]*2 if gpu else [1024]*2), device='cuda' if gpu else 'cpu').to(arithmetic())
     best = 9e9
     for _ in range(4):
-        start = time.perf_counter(); a @ a
+        start = time.perf_counter()
+        a @ a
         if gpu: torch.cuda.synchronize()
         best = min(best, time.perf_counter()-start)
     return 2*a.shape[0]**3/best, .05 if gpu else .3, 'GPU' if gpu else 'CPU'
@@ -121,7 +131,8 @@ def full_check(cfg:DataConfig, model:str, console):
     for what, text in contents(done).items(): _say(console, what, text)
     console.print('\n[bold]Questions from the test rows[/]')
     for t, text in track_lines(possible_questions(done['test'])).items(): _say(console, t, f'{TRACKS[t].asks} {text}')
-    console.print('\n[bold]Cost[/]'); _say(console, model, cost(done, model))
+    console.print('\n[bold]Cost[/]')
+    _say(console, model, cost(done, model))
     if done['rejects']:
         console.print(f"\nThe first that were left out: " + '; '.join(f'line {j.line}, {j.reason}'
             for j in done['rejects'][:5]), markup=False, highlight=False, soft_wrap=True)

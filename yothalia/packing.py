@@ -22,13 +22,15 @@ from transformers import AttentionInterface
 def pack_lengths(lengths, # tokens of each example
                  size:int # tokens that fit into a pack
                 ) -> list[list[int]]: # for each pack the indices of its examples
-    "Best-fit decreasing: the longest first, each into the fullest pack with room; an example longer than `size` gets a pack of its own."
+    """Best-fit decreasing: the longest first, each into the fullest pack with room; an example longer than `size` gets
+    a pack of its own."""
     packs, rooms = [], [] # rooms: sorted (tokens left, pack)
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         at = bisect_left(rooms, (lengths[i], -1))
         left, p = rooms.pop(at) if at < len(rooms) else (max(size, lengths[i]), len(packs))
         if p == len(packs): packs.append([])
-        packs[p].append(i); insort(rooms, (left-lengths[i], p))
+        packs[p].append(i)
+        insort(rooms, (left-lengths[i], p))
     return packs
 
 # %% ../nbs/lora/packing.ipynb #02a0000d
@@ -97,7 +99,8 @@ AttentionInterface.register('packed', packed_attention)
 def can_pack(model # a causal language model
             ) -> bool:
     "Whether all its layers attend to everything before, by an attention function that can be exchanged."
-    model = plain(model); cfg = model.config.get_text_config()
+    model = plain(model)
+    cfg = model.config.get_text_config()
     odd = set(getattr(cfg, 'layer_types', None) or []) - {'full_attention'}
     capped = getattr(cfg, 'attn_logit_softcapping', None)
     return bool(model._supports_attention_backend and not odd and not capped
@@ -111,14 +114,16 @@ def plain(model):
 def packed(model # a causal language model
           ):
     "Let its layers attend within the examples of a pack, and afterwards as before."
-    model = plain(model); before = model.config._attn_implementation
+    model = plain(model)
+    before = model.config._attn_implementation
     model.set_attn_implementation('packed' if can_pack(model) else 'sdpa')
     try: yield model
     finally: model.set_attn_implementation(before)
 
 # %% ../nbs/lora/packing.ipynb #02a00016
 class _HeadNll(torch.autograd.Function):
-    "Negative log-likelihoods behind a frozen output layer; the gradient of the hidden states is made in the forward pass."
+    """Negative log-likelihoods behind a frozen output layer; the gradient of the hidden states is made in the forward
+    pass."""
     @staticmethod
     def forward(ctx, hidden, weight, targets, chunk): # (n, width), (words, width), (n,), number
         nll = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
@@ -168,7 +173,8 @@ def example_nll(model, data, # examples
                 size:int=0 # tokens in a pack; 0 for what suits the device
                ) -> tuple[np.ndarray, np.ndarray]: # (examples,) summed nats in float64, (examples,) target tokens
     "Negative log-likelihood of each example's targets."
-    data = list(data); sums = np.zeros(len(data))
+    data = list(data)
+    sums = np.zeros(len(data))
     counts = np.array([sum(l != -100 for l in e['labels'][1:]) for e in data])
     with packed(model) as m:
         size = size if can_pack(m) or next(m.parameters()).is_cuda else 1

@@ -49,27 +49,34 @@ def peak_memory():
     def watch():
         while not stop.wait(.01): got['bytes'] = max(got.get('bytes', 0), me.memory_info().rss)
     got['bytes'] = me.memory_info().rss
-    t = threading.Thread(target=watch, daemon=True); t.start()
+    t = threading.Thread(target=watch, daemon=True)
+    t.start()
     try: yield got
     finally:
-        stop.set(); t.join()
+        stop.set()
+        t.join()
         if torch.cuda.is_available(): got['bytes'] = torch.cuda.max_memory_allocated()
 
 # %% ../nbs/05_profiling.ipynb #7d5581ec
 def train_iteration(training:Training) -> dict: # seconds of each phase, tokens
-    "The first step of a training, phase by phase, kernel by kernel even where the training itself would replay a graph."
+    """The first step of a training, phase by phase, kernel by kernel even where the training itself would replay a
+    graph."""
     spent, tokens = dict(loader=0., forward=0., backward=0., optimizer=0.), 0
     @contextmanager
     def phase(name):
         start = time.perf_counter()
-        with record_function(name): yield; wait_for_gpu()
+        with record_function(name):
+            yield
+            wait_for_gpu()
         spent[name] += time.perf_counter()-start
     with packed(training.model):
         with phase('loader'): packs = [p.to(training.device) for p in training.packs(0)]
         for p in packs:
             tokens += p.ids.numel()
             with phase('forward'): nll = pack_nll(training.model, p).sum()
-            with phase('backward'): (nll/len(p.at)).backward(); training.flat.gather()
+            with phase('backward'):
+                (nll/len(p.at)).backward()
+                training.flat.gather()
         with phase('optimizer'): training.flat.step(1e-5)
     return dict(seconds=spent, tokens=tokens)
 
@@ -84,7 +91,8 @@ def profiled(run, # a function without arguments
     "Run once under torch.profiler and write a Chrome trace."
     kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA]*torch.cuda.is_available()
     with profile(activities=kinds, record_shapes=False) as prof: run()
-    path = Path(trace); path.parent.mkdir(parents=True, exist_ok=True)
+    path = Path(trace)
+    path.parent.mkdir(parents=True, exist_ok=True)
     prof.export_chrome_trace(str(path))
     return prof
 
@@ -130,7 +138,8 @@ _KINDS = {'attention': ('scaled_dot_product', '_flash', 'efficient_attention', '
 
 # %% ../nbs/05_profiling.ipynb #a85d4ee9x
 def operator_kind(name:str) -> str:
-    "The kind of work that an operator does: attention (forward or backward), matrix products, copies, loss, element-wise."
+    """The kind of work that an operator does: attention (forward or backward), matrix products, copies, loss,
+    element-wise."""
     kind = next((k for k, parts in _KINDS.items() if any(p in name for p in parts)), 'element-wise and other')
     back = 'backward' in name or 'bwd' in name
     return f"{kind}, {'backward' if back else 'forward'}" if kind == 'attention' else kind
@@ -141,13 +150,15 @@ def plot_operators(record:dict, ax):
     ops = pd.DataFrame(record['what']['operators']).assign(kind=lambda d: d.operator.map(operator_kind))
     wide = ops.pivot_table(index='kind', columns='iteration', values='share',
                            aggfunc='sum').fillna(0).sort_values('train')
-    wide.plot.barh(ax=ax, color=['#949494', '#0173b2']); ax.set(xlabel='share of the operators\' time', ylabel='',
-                                                                title='Where the time goes')
+    wide.plot.barh(ax=ax, color=['#949494', '#0173b2'])
+    ax.set(xlabel='share of the operators\' time', ylabel='',
+           title='Where the time goes')
 
 # %% ../nbs/05_profiling.ipynb #a85d4ee9z
 def plot_profile(record:dict):
     "Phases and operators, side by side."
     import matplotlib.pyplot as plt
     axes = plt.subplots(1, 2, figsize=(11, 2.8), layout='constrained', width_ratios=[1, 1.2])[1]
-    plot_phases(record, axes[0]); plot_operators(record, axes[1])
+    plot_phases(record, axes[0])
+    plot_operators(record, axes[1])
     return axes

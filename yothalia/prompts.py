@@ -78,7 +78,8 @@ TEMPLATES = {
                'zh': '<<SYS>>\n指令：{persona}\n<</SYS>>\n\n用户：{user}\n助手：'},
         user={'en': '<<USER>>: {user}\n<<ASSISTANT>>:', 'zh': '用户：{user}\n助手：'}),
     'original-play': Template(about="the original study's request to play",
-        first={'en': 'Play this role: {persona}\nReply to what stands between < and >. Do not dwell on who you are, and be brief.\n<{user}>',
+        first={'en': 'Play this role: {persona}\nReply to what stands between < and >. Do not dwell on who you are, '
+                     'and be brief.\n<{user}>',
                'zh': '请你扮演这个角色：{persona}\n请回复<>里的内容，不必强调自己的身份，尽量简短。\n<{user}>'},
         user='<{user}>')}
 BARE, PERSONA = TEMPLATES['bare'], TEMPLATES['persona']
@@ -92,7 +93,8 @@ def find_template(name:str # a key of `TEMPLATES`, or a YAML file with the field
     if path.suffix not in ('.yml', '.yaml') or not path.is_file():
         near = nearest(name, TEMPLATES)
         hint = f'did you mean {near[0]!r}? ' if near else ''
-        raise DataError(f'no prompt template {name!r}: {hint}Known are {", ".join(TEMPLATES)}, or give a YAML file with about, system, first, user, examples')
+        raise DataError(f'no prompt template {name!r}: {hint}Known are {", ".join(TEMPLATES)}, or give a YAML file '
+                        f'with about, system, first, user, examples')
     try: given = yaml.safe_load(path.read_text(encoding='utf-8'))
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise DataError(f'{path.name} is not YAML: {str(e).splitlines()[0]}') from None
@@ -155,7 +157,8 @@ def _together(a:dict, b:dict) -> bool:
 def drawn_from(template:Template, rows) -> Template:
     "The same template, with the rows from which its examples come."
     if not template.examples: return template
-    out = template.model_copy(); out._exchanges = Exchanges(rows)
+    out = template.model_copy()
+    out._exchanges = Exchanges(rows)
     return out
 
 # %% ../nbs/data/prompts.ipynb #d3e73164
@@ -172,7 +175,8 @@ def speaks_up(tok # a tokenizer with a chat template
 
 # %% ../nbs/data/prompts.ipynb #e1a0000f
 def filled(texts:Texts, row:dict, user:str='') -> str:
-    "A template's text in the row's language, with its persona and a line of the user; English where there is none in that language."
+    """A template's text in the row's language, with its persona and a line of the user; English where there is none in
+    that language."""
     lang = (row.get('lang') or 'en').split('-')[0]
     text = texts if isinstance(texts, str) else texts.get(lang, texts.get('en', next(iter(texts.values()))))
     if text == '{user}': return user
@@ -222,7 +226,8 @@ def render(row:dict, tok, # the model's tokenizer
     prompt = _template(tok, msgs, add_generation_prompt=True)
     whole = _template(tok, msgs + [dict(role='assistant', content=row['reply'])])
     if not whole.startswith(prompt):
-        raise DataError(f"{tok.name_or_path}: its chat template does not write the reply right after the generation prompt; give the tokenizer another chat_template.")
+        raise DataError(f"{tok.name_or_path}: its chat template does not write the reply right after the generation "
+                        f"prompt; give the tokenizer another chat_template.")
     return prompt, whole[len(prompt):]
 
 # %% ../nbs/data/prompts.ipynb #b9bed673
@@ -277,7 +282,8 @@ def chains(rows # rows in any order
 
 # %% ../nbs/data/prompts.ipynb #705c24c5
 def encode_chain(chain:list[dict], # from `chains`
-                 tok, template:Template=PERSONA) -> dict[str,list[int]]|None: # input_ids and labels; None if the template rewrites earlier turns
+                 # input_ids and labels; None if the template rewrites earlier turns
+                 tok, template:Template=PERSONA) -> dict[str,list[int]]|None:
     "Ids and labels of a conversation: trained is each reply of the chain, with the token that ends its turn."
     last = chain[-1]
     msgs = messages(last, tok, template) + [dict(role='assistant', content=last['reply'])]
@@ -287,7 +293,8 @@ def encode_chain(chain:list[dict], # from `chains`
         prompt, said = _template(tok, msgs[:n], add_generation_prompt=True), _template(tok, msgs[:n+1])
         if not (said.startswith(prompt) and whole.startswith(said.rstrip()) and len(prompt) >= done): return None
         context, (reply, rest) = _ids(tok, whole[done:len(prompt)]), _stop(tok, said[len(prompt):])
-        ids += context + reply; labels += [-100]*len(context) + reply
+        ids += context + reply
+        labels += [-100]*len(context) + reply
         done = len(said) - len(tok.decode(rest)) if rest else len(said)
     return dict(input_ids=ids, labels=labels)
 
@@ -317,5 +324,6 @@ def pieces(chain:list[dict], tok, template:Template=PERSONA, max_tokens:int=512)
             e = encode_chain(piece, tok, template)
             if len(piece) == 1 or (e is not None and len(e['input_ids']) <= max_tokens): break
             end -= 1 if e is not None else end-start-1
-        out.append(piece); start = end
+        out.append(piece)
+        start = end
     return out

@@ -69,7 +69,8 @@ def time_several(model, tok, prompts:list[str], # rendered texts
 # %% ../nbs/03_quantization.ipynb #da48dbdc
 def mean_metric(values, # one for each prompt
                 unit:str) -> dict:
-    "The geometric mean; from four values on with its 95% interval, by Student's t on the logarithms: times and rates are positive and skewed."
+    """The geometric mean; from four values on with its 95% interval, by Student's t on the logarithms: times and rates
+    are positive and skewed."""
     v = np.log(values)
     if len(v) < 4 or np.ptp(v) == 0: return metric(float(np.exp(v.mean())), unit, len(v))
     low, high = np.exp(stats.t.interval(.95, len(v)-1, v.mean(), stats.sem(v)))
@@ -88,7 +89,8 @@ def measure(precision:str, # a key of `PRECISIONS`
     timed = [time_reply(model, tok, t, cfg.new_tokens) for t in progress(texts, f'{precision} speed')]
     together = time_several(model, tok, [texts[k % len(texts)] for k in range(cfg.at_once)], cfg.new_tokens)
     sums, counts = example_nll(model, data)
-    del model; gc.collect()
+    del model
+    gc.collect()
     if torch.cuda.is_available(): torch.cuda.empty_cache()
     return {'weights': memory, 'held-out loss': loss_metric(sums, counts),
             'decode': mean_metric([t[1] for t in timed], 'tokens/s'),
@@ -141,13 +143,16 @@ def plot_precisions(records:list[dict], # of this step
     axes[0].plot(*zip(*sorted(front)), '--', color='gray', zorder=0, lw=1)
     axes[0].set(xscale='log', xlabel='weights (MB)', ylabel='nats per token', title='Loss added by quantization')
     axes[0].margins(x=.15, y=.2)
-    size = sorted(x for x, *_ in pts); ticks = [x for k, x in enumerate(size) if not k or x > 1.12*size[k-1]]
-    axes[0].set_xticks(ticks, [f'{x:.0f}' for x in ticks]); axes[0].minorticks_off()
+    size = sorted(x for x, *_ in pts)
+    ticks = [x for k, x in enumerate(size) if not k or x > 1.12*size[k-1]]
+    axes[0].set_xticks(ticks, [f'{x:.0f}' for x in ticks])
+    axes[0].minorticks_off()
     for k, r in enumerate(_sorted(records)):
         m = decode_speeds(r)['decode']
         if m['interval']: axes[1].plot(m['interval'], [k, k], color=f'C{k}', lw=2, alpha=.6)
         axes[1].plot(m['value'], k, 'o', color=f'C{k}')
-    axes[1].set_yticks(range(len(records)), [r['what']['precision'] for r in _sorted(records)]); axes[1].invert_yaxis()
+    axes[1].set_yticks(range(len(records)), [r['what']['precision'] for r in _sorted(records)])
+    axes[1].invert_yaxis()
     axes[1].set(xlabel='tokens/s', title='Decode speed, one reply at a time', xlim=(0, None))
     axes[1].grid(axis='x', alpha=.25)
     return axes

@@ -69,7 +69,8 @@ class QuestionsConfig(Config):
 _NO_SPACES = re.compile('[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+')
 
 def tokens(text:str) -> list[str]:
-    "Lower-case words in order of writing, then pairs of characters from scripts without spaces (a lone one stays alone)."
+    """Lower-case words in order of writing, then pairs of characters from scripts without spaces (a lone one stays
+    alone)."""
     runs = _NO_SPACES.findall(text)
     return re.findall(r'[^\W\d_]+', _NO_SPACES.sub(' ', text.lower())) + [h[i:i+2] for h in runs
         for i in range(max(1, len(h)-1))]
@@ -80,7 +81,8 @@ def words(text:str) -> set[str]:
 
 # %% ../nbs/benchmark/questions.ipynb #d7b6845d
 def features(text:str) -> list[str]:
-    "What retrieval compares: words, the first five letters of words that have as many, and single characters of scripts without spaces."
+    """What retrieval compares: words, the first five letters of words that have as many, and single characters of
+    scripts without spaces."""
     found = tokens(text)
     return found + ['#'+w[:5] for w in found if len(w) >= 5] + [c for h in _NO_SPACES.findall(text)
                                                                 for c in h] or [text]
@@ -164,7 +166,8 @@ def draw(pool:Pool, i:int, track:str, # the row that is asked about
     return [int(j) for j in rng.permutation(chosen)] if chosen else None
 
 # %% ../nbs/benchmark/questions.ipynb #14e9c29e
-def question(pool:Pool, i:int, rows:list[int], track:str, # the row that is asked about, and those whose replies are the choices, in order
+def question(pool:Pool, i:int, rows:list[int],
+             track:str, # the row that is asked about, and those whose replies are the choices, in order
              **more) -> dict: # id, track, cluster, lang, instruction, history, user, choices, answer
     "A question which of several replies answers row i."
     r, choices = pool.rows[i], [pool.rows[j]['reply'] for j in rows]
@@ -190,7 +193,9 @@ def crossed_sets(pool:Pool, options:int, near:float=0.8): # yields lists of rows
         for c in sorted(first, key=lambda c: used[c]):
             if len(chosen) < options and not any(alike(pool.rows[first[c]]['reply'], pool.rows[j]['reply'], near)
                                                  for j in chosen): chosen.append(first[c])
-        if len(chosen) >= min(3, options): used.update(pool.rows[j]['character'] for j in chosen); yield chosen
+        if len(chosen) >= min(3, options):
+            used.update(pool.rows[j]['character'] for j in chosen)
+            yield chosen
 
 # %% ../nbs/benchmark/questions.ipynb #70a61df0
 def near_sets(pool:Pool, options:int, near:float=0.8, apart:bool=False, # all of different characters
@@ -206,10 +211,13 @@ def near_sets(pool:Pool, options:int, near:float=0.8, apart:bool=False, # all of
             if len(chosen) == options: break
             if apart and pool.character[j] in pool.character[chosen]: continue
             if not any(j == c or same(pool.rows[c], pool.rows[j], near) for c in chosen): chosen.append(int(j))
-        if len(chosen) >= min(3, options) and (len(chosen) == options or not apart): free[chosen] = False; yield chosen
+        if len(chosen) >= min(3, options) and (len(chosen) == options or not apart):
+            free[chosen] = False
+            yield chosen
 
 # %% ../nbs/benchmark/questions.ipynb #dbcf9fb9
-def reply_sets(pool:Pool, options:int, track:str, near:float, line_near:float, enough:int=20): # yields (rows, how they were found)
+# yields (rows, how they were found)
+def reply_sets(pool:Pool, options:int, track:str, near:float, line_near:float, enough:int=20):
     "The sets of a closed track in which the reply varies."
     sets = list(crossed_sets(pool, options, near)) if track == 'voice' else []
     yield from ((rows, 'crossed rows') for rows in sets)
@@ -231,25 +239,31 @@ def closed_questions(pool:Pool, options:int, track:str, near:float, line_near:fl
 # %% ../nbs/benchmark/questions.ipynb #32306f7e
 def own_questions(pool:Pool, said:dict[str,list[str]], # line → what the model says to it
                   options:int=5, near:float=0.8): # yields questions
-    "One question from each row whose line the model has answered: the model's replies, and from three options on one of a shipped character's."
-    shipped = [r for r in sample_rows() if r['lang'] in {o['lang'] for o in pool.rows}]
-    order = [i for i in range(len(pool)) if pool.rows[i]['user'] in said]
-    like = similarities([pool.rows[i]['user'] for i in order],
-                        [r['user'] for r in shipped]) if shipped and order else [()]*len(order)
-    for i, near_to in zip(order, like):
-        r, model = pool.rows[i], said[pool.rows[i]['user']]
-        others = [shipped[j]['reply'] for j in np.argsort(-np.asarray(near_to), kind='stable')
-                  if shipped[j]['lang'] == r['lang']][:20]
-        chosen = []
-        for text, most in [(t, options-2) for t in model] + [(t, options-1) for t in others]:
-            if text.strip() and len(chosen) < most and not any(alike(text, c, near) for c in (r['reply'], *chosen)):
-                chosen.append(text)
-        if len(chosen) < 2: continue
-        texts = [chosen[j] for j in pool.rng(i, 3).permutation(len(chosen))]
+    """One question from each row whose line the model has answered: the model's replies, and from three options on one
+    of a shipped character's."""
+    langs, order = {o['lang'] for o in pool.rows}, [i for i in range(len(pool)) if pool.rows[i]['user'] in said]
+    shipped = [r for r in sample_rows() if r['lang'] in langs]
+    like = [()]*len(order)
+    if shipped and order: like = similarities([pool.rows[i]['user'] for i in order], [r['user'] for r in shipped])
+    for i, nearness in zip(order, like):
+        r = pool.rows[i]
+        best = [shipped[j] for j in np.argsort(-np.asarray(nearness), kind='stable')]
+        others = [o['reply'] for o in best if o['lang'] == r['lang']][:20]
+        rivals = _rivals(r['reply'], said[r['user']], others, options, near)
+        if len(rivals) < 2: continue
+        texts = [rivals[j] for j in pool.rng(i, 3).permutation(len(rivals))]
         answer = int(pool.rng(i, 2).integers(len(texts)+1))
         texts.insert(answer, r['reply'])
         yield question(pool, i, [i], 'own') | dict(id=content_hash(r['instruction'], r['user'], texts), choices=texts,
                                                    answer=answer, made='model and shipped characters')
+
+def _rivals(reply:str, model:list[str], others:list[str], options:int, near:float) -> list[str]:
+    "Replies that are neither empty nor alike: of the model all but one, of others the rest."
+    out = []
+    for texts, most in ((model, options-2), (others, options-1)):
+        for t in texts:
+            if t.strip() and len(out) < most and not any(alike(t, c, near) for c in (reply, *out)): out.append(t)
+    return out
 
 # %% ../nbs/benchmark/questions.ipynb #fb264833
 def make_questions(rows:list[dict], # test rows
@@ -259,7 +273,7 @@ def make_questions(rows:list[dict], # test rows
                    said:dict|None=None # line → what the model itself says to it, for a character alone
                    ) -> list[dict]: # id, track, cluster, lang, instruction, history, user, choices, answer
     "Multiple-choice questions of one track; cluster is the character. A `DataError` if there are none."
-    kind, pool, out = TRACKS[known(track, TRACKS, 'track')], Pool(rows, seed), []
+    kind, pool, out = TRACKS[named_in(track, TRACKS, 'track')], Pool(rows, seed), []
     if kind.varies == 'persona': made = speaker_questions(pool, options, track, near)
     elif kind.alone: made = own_questions(pool, said or {}, options, near)
     elif kind.closed: made = closed_questions(pool, min(options, max(2, len(pool))), track, near, line_near)
@@ -297,7 +311,8 @@ def nearest_personas(who:dict[str,str], most:int=20 # character → persona of o
 BLANK = '___'
 
 def names_in(persona:str) -> set[str]:
-    "Names that a persona holds: who it is, and words with a capital inside a sentence (unless the language writes them everywhere)."
+    """Names that a persona holds: who it is, and words with a capital inside a sentence (unless the language writes
+    them everywhere)."""
     name = spoken_name(persona)
     found = {w for w in re.findall(r"\b[A-ZÀ-Þ][\w’'-]+", name)} | ({name} | {name[-k:] for k in (2, 3)}
                                                                     if _NO_SPACES.fullmatch(name) else set())
@@ -321,54 +336,69 @@ def _told_apart(order, who:dict, most:int, near:float) -> list[str]: # the first
     return chosen
 
 # %% ../nbs/benchmark/questions.ipynb #7d966b8d
-def cast_sets(pool:Pool, cast:dict, options:int, near:float=0.8, close:bool=False): # yields lists of rows; cast: as from `casting`
-    "Sets of rows by different characters of one language, drawn by the rows they have left; with `close`, of characters who are alike."
+def cast_sets(pool:Pool, cast:dict, options:int, near:float=0.8, close:bool=False): # yields numbers of rows
+    """Sets of rows by different characters of one language, drawn by the rows they have left; with `close`, of
+    characters who are alike."""
     left, rng = {}, np.random.default_rng([pool.seed, 4])
     for i, r in enumerate(pool.rows):
-        if r['character'] in cast.get(r['lang'], {}): left.setdefault(r['lang'], {}).setdefault(r['character'],
-            []).append(i)
+        if r['character'] in cast.get(r['lang'], {}):
+            left.setdefault(r['lang'], {}).setdefault(r['character'], []).append(i)
     size = {lang: len(_told_apart(of, cast[lang], options, near)) for lang, of in left.items()}
+    if not close: yield from _crossed_casts(pool, cast, left, size, options, near)
     friends = {lang: nearest_personas(cast[lang]) for lang in left} if close else {}
-    for rows in crossed_sets(pool, options, near) if not close else ():
-        lang, who = pool.rows[rows[0]]['lang'], [pool.rows[i]['character'] for i in rows]
-        if len(rows) != size.get(lang) or not all(i in left[lang].get(c, ())
-                                                  for i, c in zip(rows, who)) or len(_told_apart(who, cast[lang],
-                                                      options, near)) < len(rows): continue
-        for i, c in zip(rows, who): left[lang][c].remove(i)
-        yield rows
-    left = {lang: {c: rows for c, rows in of.items() if rows} for lang, of in left.items()}
+    for of in left.values(): _drop_empty(of)
     while left := {lang: of for lang, of in left.items() if len(of) >= size[lang] > 1}:
         share = np.array([sum(map(len, of.values())) for of in left.values()], float)
         lang = list(left)[rng.choice(len(left), p=share/share.sum())]
-        of, names = left[lang], list(left[lang])
-        rows = np.array([len(of[c]) for c in names], float)
-        order = [names[j] for j in rng.choice(len(names), len(names), replace=False, p=rows/rows.sum())]
-        chosen = _told_apart([order[0], *(c for c in friends[lang][order[0]] if c in of)] if close else order,
-                             cast[lang], size[lang], near)
-        whole = len(chosen) == size[lang]
-        took = [of[c].pop(0) for c in (chosen if whole else chosen[:1])]
-        for c in chosen:
-            if not of[c]: del of[c]
-        if whole: yield took
+        took = _drawn_cast(left[lang], cast[lang], size[lang], near, friends.get(lang), rng)
+        if took: yield took
+
+def _crossed_casts(pool:Pool, cast:dict, left:dict, size:dict, options:int, near:float): # yields numbers of rows
+    "Whole sets of rows that answer the same line; what is taken is no longer left."
+    for rows in crossed_sets(pool, options, near):
+        lang, who = pool.rows[rows[0]]['lang'], [pool.rows[i]['character'] for i in rows]
+        there = all(i in left.get(lang, {}).get(c, ()) for i, c in zip(rows, who))
+        if not there or len(rows) != size[lang] or len(_told_apart(who, cast[lang], options, near)) < len(rows): continue
+        for i, c in zip(rows, who): left[lang][c].remove(i)
+        yield rows
+
+def _drawn_cast(of:dict, personas:dict, size:int, near:float, friends:dict|None, rng) -> list[int]: # empty if too few
+    "The next row of each of some characters, who are drawn by the rows that they have left."
+    names, rows = list(of), np.array([len(rows) for rows in of.values()], float)
+    order = [names[j] for j in rng.choice(len(names), len(names), replace=False, p=rows/rows.sum())]
+    if friends is not None: order = [order[0], *(c for c in friends[order[0]] if c in of)]
+    chosen = _told_apart(order, personas, size, near)
+    whole = len(chosen) == size
+    took = [of[c].pop(0) for c in (chosen if whole else chosen[:1])]
+    _drop_empty(of)
+    return took if whole else []
+
+def _drop_empty(of:dict):
+    "Forget the characters that have no row left."
+    for c in [c for c, rows in of.items() if not rows]: del of[c]
 
 # %% ../nbs/benchmark/questions.ipynb #eb17f035
-def speaker_questions(pool:Pool, options:int=5, track:str='speaker', near:float=0.8): # yields id, track, set, …, reply, choices (personas), speakers, answer
+def speaker_questions(pool:Pool, options:int=5, track:str='speaker', near:float=0.8):
     "Questions who speaks, in sets that share their personas: the reply is given, the choices are personas."
-    kind, cast = TRACKS[track], casting(pool.rows)
-    names = {lang: set().union(*map(names_in, who.values())) if kind.masked else set() for lang, who in cast.items()}
-    # before they are told apart: names may be all that differs
+    kind, cast, names = TRACKS[track], casting(pool.rows), {}
+    for lang, who in cast.items(): names[lang] = set().union(*map(names_in, who.values())) if kind.masked else set()
+    # masked before they are told apart: names may be all that differs
     cast = {lang: {c: mask(p, names[lang]) for c, p in who.items()} for lang, who in cast.items()}
     for rows in cast_sets(pool, cast, options, near, kind.near):
-        lang, rows = pool.rows[rows[0]]['lang'], [rows[j] for j in pool.rng(min(rows), 3).permutation(len(rows))]
-        say, speakers = lambda text: mask(text, names[lang]), [pool.rows[i]['character'] for i in rows]
-        choices = [cast[lang][c] for c in speakers]
-        for k, i in enumerate(rows):
-            r = pool.rows[i]
-            yield dict(id=content_hash(r['user'], r['reply'], choices), track=track, cluster=speakers[k], lang=lang,
-                       instruction=choices[k],
-                       history=[h | dict(text=say(h['text'])) for h in r.get('history') or []], user=say(r['user']),
-                       reply=say(r['reply']),
-                       choices=choices, speakers=speakers, answer=k, set=content_hash([pool.names[j] for j in rows]))
+        order = [rows[j] for j in pool.rng(min(rows), 3).permutation(len(rows))]
+        yield from _one_set(pool, order, cast, names, track)
+
+def _one_set(pool:Pool, rows:list[int], cast:dict, names:dict, track:str): # yields a question for each row
+    "The questions of a set: each of its replies, held against the personas of all of them."
+    lang, speakers = pool.rows[rows[0]]['lang'], [pool.rows[i]['character'] for i in rows]
+    choices, together = [cast[lang][c] for c in speakers], content_hash([pool.names[j] for j in rows])
+    def say(text): return mask(text, names[lang])
+    for k, i in enumerate(rows):
+        r = pool.rows[i]
+        before = [h | dict(text=say(h['text'])) for h in r.get('history') or []]
+        yield dict(id=content_hash(r['user'], r['reply'], choices), track=track, cluster=speakers[k], lang=lang,
+                   instruction=choices[k], history=before, user=say(r['user']), reply=say(r['reply']),
+                   choices=choices, speakers=speakers, answer=k, set=together)
 
 # %% ../nbs/benchmark/questions.ipynb #69e7bb01
 def make_tracks(rows:list[dict], tracks=TRACKS, n:int=0, options:int=5, seed:int=0, **kw # near, line_near
@@ -412,7 +442,8 @@ def load_questions(path:str|Path, # from `save_questions`
     for i, q in enumerate(qs, 1):
         if why := _wrong(q): raise DataError(f'{Path(path).name} line {i} {why}')
     if expected and questions_hash(qs) != expected:
-        raise DataError(f'{Path(path).name} has hash {questions_hash(qs)}, expected {expected}: these are other questions.')
+        raise DataError(f'{Path(path).name} has hash {questions_hash(qs)}, expected {expected}: these are other '
+                        f'questions.')
     return qs
 
 # %% ../nbs/benchmark/questions.ipynb #b1bb6f5a
@@ -425,7 +456,8 @@ def _found(texts:list[str], known:list[str], near:float) -> dict[str,str]: # tex
 
 def _line(what, texts, twins) -> dict:
     "A line of the audit: of so many distinct texts, how many have a twin."
-    texts = list(dict.fromkeys(texts)); hit = [t for t in texts if t in twins]
+    texts = list(dict.fromkeys(texts))
+    hit = [t for t in texts if t in twins]
     exact = sum(normal(t) == normal(twins[t]) for t in hit)
     return dict(what=what, n=len(texts), exact=exact, near=len(hit), share=len(hit)/max(1, len(texts)),
                 example=hit[0][:80] if hit else '')
@@ -464,7 +496,8 @@ def check_overlap(table:pd.DataFrame, # from `audit`
     if len(bad) and not allow:
         said = '; '.join(f'{o.what}: {o.near} of {o.n} ({o.share:.1%}, {o.exact} of them exact), such as {o.example!r}'
                          for o in bad.itertuples())
-        raise OverlapError(f'More than {most:.1%} overlap. {said}. Split the rows anew with 01_data, or say allow_overlap=True.')
+        raise OverlapError(f'More than {most:.1%} overlap. {said}. Split the rows anew with 01_data, or say '
+                           f'allow_overlap=True.')
     return table
 
 # %% ../nbs/benchmark/questions.ipynb #452cfd47
@@ -512,10 +545,12 @@ def choices_only(lines:list[dict] # per-question lines of a `cloze` record
 # %% ../nbs/benchmark/questions.ipynb #492a4147
 def persona_rules(qs:list[dict]) -> dict[str,list[np.ndarray]]: # rule → (choices,) for each question
     "What rules without a model give to each persona."
-    df = Counter(w for p in {c for q in qs for c in q['choices']} for w in words(p))
-    n = len({c for q in qs for c in q['choices']})
-    idf, often = lambda w: math.log(1 + n/(1+df[w])), Counter(q['cluster'] for q in qs)
-    shared = lambda q, text: np.array([sum(map(idf, sorted(words(p) & words(text)))) for p in q['choices']], float)
+    personas = {c: words(c) for q in qs for c in q['choices']}
+    df, often = Counter(w for ws in personas.values() for w in ws), Counter(q['cluster'] for q in qs)
+    def idf(w): return math.log(1 + len(personas)/(1+df[w]))
+    def shared(q, text):
+        said = words(text)
+        return np.array([sum(map(idf, sorted(personas[p] & said))) for p in q['choices']], float)
     return {'persona–reply overlap': [shared(q, q['reply']) for q in qs],
             'persona–line overlap': [shared(q, q['user']) for q in qs],
             'most frequent': [np.array([often[c] for c in q['speakers']], float) for q in qs]}
@@ -540,7 +575,8 @@ def views(track:str) -> dict[str,View]:
 
 # %% ../nbs/benchmark/questions.ipynb #ec5de753
 def _match(choice:str, part:str, idf:dict, otherwise:float) -> list[float]:
-    "How a choice and a part of the question go together: common words, their weight, the share of the choice, the lengths."
+    """How a choice and a part of the question go together: common words, their weight, the share of the choice, the
+    lengths."""
     a, b = words(choice), words(part)
     both = sorted(a & b)
     return [len(both), sum(idf.get(w, otherwise) for w in both), len(both)/max(1, len(a)),
@@ -616,19 +652,23 @@ TAUGHT = 'words of the training rows'
 
 def taught_rule(qs:list[dict], # questions of one track
                 train:list[dict]=() # rows to learn from
-               ) -> list[np.ndarray]: # (choices,) for each question; empty where one of the characters is not among the rows
+               # (choices,) for each question; empty where one of the characters is not among the rows
+               ) -> list[np.ndarray]:
     "How probable a classifier of words, which learned from other rows of the same characters, finds each choice."
-    known = {}
+    found = {}
     for lang in {q['lang'] for q in qs}:
-        rows = [r for r in train if r['lang'] == lang]
-        if len(names := {r['character'] for r in rows}) < 2 or not {c for q in qs if q['lang'] == lang
-            for c in q.get('speakers', [q['cluster']])} <= names: return []
-        known[lang] = CharacterClassifier(rows)
-    texts = {lang: list(dict.fromkeys(t for q in qs if q['lang'] == lang
-                                      for t in ([q['reply']] if 'reply' in q else q['choices']))) for lang in known}
-    found = {lang: known[lang].probabilities(ts).assign(text=ts).set_index('text') for lang, ts in texts.items()}
-    return [found[q['lang']].loc[q['reply'], q['speakers']].to_numpy() if 'reply' in q
-            else found[q['lang']].loc[q['choices'], q['cluster']].to_numpy() for q in qs]
+        some, rows = [q for q in qs if q['lang'] == lang], [r for r in train if r['lang'] == lang]
+        names, asked = {r['character'] for r in rows}, {c for q in some for c in q.get('speakers', [q['cluster']])}
+        if len(names) < 2 or not asked <= names: return []
+        texts = list(dict.fromkeys(t for q in some for t in _weighed(q)))
+        found[lang] = CharacterClassifier(rows).probabilities(texts).assign(text=texts).set_index('text')
+    def of(q):
+        table = found[q['lang']]
+        if 'reply' in q: return table.loc[q['reply'], q['speakers']].to_numpy()
+        return table.loc[q['choices'], q['cluster']].to_numpy()
+    return [of(q) for q in qs]
+
+def _weighed(q:dict) -> list[str]: return [q['reply']] if 'reply' in q else q['choices'] # what a classifier is shown
 
 # %% ../nbs/benchmark/questions.ipynb #236a4e54
 LEARNED = 'learned from the choices'
@@ -726,14 +766,16 @@ def plot_rules(records:list[dict], ax=None):
     for j, name in enumerate(names):
         at = [(i + .7*(j-(len(names)-1)/2)/len(names), r['metrics'][name]) for i, r in enumerate(records)
               if name in r['metrics']]
-        v = np.array([m['value'] for _, m in at]); low, high = np.array([m['interval'] for _, m in at]).T
+        v = np.array([m['value'] for _, m in at])
+        low, high = np.array([m['interval'] for _, m in at]).T
         ax.errorbar([x for x, _ in at], v, [np.maximum(v-low, 0), np.maximum(high-v, 0)], fmt='o', capsize=3,
                     label=name)
     for i, r in enumerate(records): ax.hlines(r['metrics']['chance']['value'], i-.45, i+.45, color='gray', ls=':',
                                               label='' if i else 'chance')
     ax.set_xticks(range(len(records)),
                   [f"{r['what']['track']}\n(n = {r['metrics']['chance']['n']:,})" for r in records])
-    ax.set(ylim=(0, 1), ylabel='accuracy', title='What rules get without a model'); ax.legend(ncols=5, fontsize=8)
+    ax.set(ylim=(0, 1), ylabel='accuracy', title='What rules get without a model')
+    ax.legend(ncols=5, fontsize=8)
     return ax
 
 # %% ../nbs/benchmark/questions.ipynb #0bc3b3eb

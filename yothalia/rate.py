@@ -35,16 +35,20 @@ class RateConfig(ToldConfig):
 def smoothed(losses, keep:float=.8) -> np.ndarray: # (n,)
     "Exponential moving average, without its bias to the first value."
     out, mean = [], 0.
-    for i, l in enumerate(losses): mean = keep*mean + (1-keep)*l; out.append(mean/(1-keep**(i+1)))
+    for i, l in enumerate(losses):
+        mean = keep*mean + (1-keep)*l
+        out.append(mean/(1-keep**(i+1)))
     return np.array(out)
 
-def rising(t:Training, lowest:float, highest:float, steps:int) -> list[dict]: # step, learning_rate, loss, grad_norm, change (of the loss on the step's rows)
+# step, learning_rate, loss, grad_norm, change (of the loss on the step's rows)
+def rising(t:Training, lowest:float, highest:float, steps:int) -> list[dict]:
     "Steps with a learning rate that grows by the same factor each time."
     rates = np.geomspace(lowest, highest, steps)
     t.learning_rate = lambda i: float(rates[min(i, steps-1)])
     t.batches = step_batches(len(t.train), t.told.batch, math.ceil(steps*t.told.batch/len(t.train)),
                              t.told.seed)[:steps]
-    before = np.array(example_nll(t.model, t.train)); t.model.train()
+    before = np.array(example_nll(t.model, t.train))
+    t.model.train()
     t.mark = time.perf_counter()
     with packed(t.model):
         for _ in progress(range(len(t.batches)), 'learning rate'):
@@ -76,7 +80,9 @@ def plot_rates(log:list[dict], ax=None):
         ax.axvline(r, ls=style, color='#de8f05', label=f'{name}: {r:.1e}')
     ax.set(xscale='log', xlabel='learning rate', ylabel='change of the loss (nats per token)',
            title='How large may the steps be?')
-    low = float(smoothed(loss).min()); ax.set_ylim(low-.25, low+1.25); ax.legend(fontsize=8)
+    low = float(smoothed(loss).min())
+    ax.set_ylim(low-.25, low+1.25)
+    ax.legend(fontsize=8)
     return ax
 
 def plt_axes():

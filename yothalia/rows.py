@@ -70,7 +70,8 @@ def bad(row:dict # a row before cleaning
 MAX_BYTES = 2**29  # of a file, unpacked
 SUFFIXES = ('.csv', '.tsv', '.json', '.jsonl', '.ndjson', '.parquet', '.txt', '.log', '.md', '.png', '.charx')
 
-def _too_large(name:str): raise DataError(f'{name} holds more than {MAX_BYTES/2**20:.0f} MB: take a part of it, for example its first 100,000 rows.')
+def _too_large(name:str): raise DataError(f'{name} holds more than {MAX_BYTES/2**20:.0f} MB: take a part of it, for '
+                                          f'example its first 100,000 rows.')
 
 def _members(path:Path) -> Iterator[tuple[str, bytes]]:
     "Name and content of each file of a zip."
@@ -79,23 +80,30 @@ def _members(path:Path) -> Iterator[tuple[str, bytes]]:
     inside = [i for i in z.infolist() if Path(i.filename).suffix.lower() in SUFFIXES
               and not Path(i.filename).name.startswith(('.', '__'))]
     if not inside:
-        raise DataError(f'{path.name} holds no file that could be read ({", ".join(SUFFIXES)}), only {", ".join(z.namelist()[:5])}.')
+        raise DataError(f'{path.name} holds no file that could be read ({", ".join(SUFFIXES)}), only '
+                        f'{", ".join(z.namelist()[:5])}.')
     left = MAX_BYTES
     for i in inside:
         if i.flag_bits & 1: raise DataError(f'{path.name}: {i.filename} is encrypted; unpack it first.')
         with z.open(i) as f: b = f.read(left+1)
         if len(b) > left: _too_large(f'{path.name}, unpacked,')
-        left -= len(b); yield Path(i.filename).name, b
+        left -= len(b)
+        yield Path(i.filename).name, b
 
 # %% ../nbs/data/rows.ipynb #f1aa7f8f
 def read_bytes(path:str|Path) -> Iterator[tuple[str, bytes]]: # name and content; several for a zip
     "A file's bytes, unpacked if need be; a `DataError` if it is not there or too large."
     path = Path(path)
     if not path.is_file():
-        raise DataError(f'There is no file {tidy(path)}: give a path from the project\'s root, or an absolute one.{_near_file(path)}')
-    if path.suffix.lower() == '.zip': yield from _members(path); return
+        raise DataError(f'There is no file {tidy(path)}: give a path from the project\'s root, or an absolute '
+                        f'one.{_near_file(path)}')
+    if path.suffix.lower() == '.zip':
+        yield from _members(path)
+        return
     if path.stat().st_size > MAX_BYTES: _too_large(path.name)
-    if path.suffix.lower() != '.gz': yield path.name, path.read_bytes(); return
+    if path.suffix.lower() != '.gz':
+        yield path.name, path.read_bytes()
+        return
     try:
         with gzip.open(path) as f: b = f.read(MAX_BYTES+1)
     except (OSError, EOFError, zlib.error) as e: raise DataError(f'{path.name} is not a whole gzip file: {e}') from None
@@ -137,7 +145,9 @@ def _csv_items(name:str, text:str):
         line = rows.line_num + 1
         try: row = next(rows)
         except StopIteration: return
-        except csv.Error as e: yield line, f'not CSV: {e}'; continue
+        except csv.Error as e:
+            yield line, f'not CSV: {e}'
+            continue
         if not row: continue
         if len(row) != len(header): yield line, f'{len(row)} fields where the header has {len(header)}'
         else: yield line, dict(zip(header, row))
@@ -160,10 +170,14 @@ def _json_items(name:str, text:str):
     try: root = json.loads(text)
     except RecursionError: raise DataError(f'{name} is nested too deeply to be rows.') from None
     except ValueError as e:
-        if 'Extra data' in str(e): yield from _json_lines(text); return
+        if 'Extra data' in str(e):
+            yield from _json_lines(text)
+            return
         raise DataError(f'{name} line {getattr(e, "lineno", 1)} is not JSON: {e}') from None
     if isinstance(root, dict):
-        if chats := telegram_chats(root): yield 0, chats; return
+        if chats := telegram_chats(root):
+            yield 0, chats
+            return
         root = next((v for k, v in root.items() if k in ('data', 'rows', 'train') and isinstance(v, list)), root)
     if isinstance(root, dict) and any(k in root for k in ('messages', 'conversations')): root = [root]
     if not isinstance(root, list):
@@ -188,7 +202,8 @@ def _card_items(name:str, b:bytes):
     from yothalia.cards import CardError, card_from
     try: items = card_from(b, name).items()
     except CardError as e: raise DataError(str(e)) from None
-    if not items: raise DataError(f'{name} is a card without example dialogues (mes_example): there is nothing to learn from.')
+    if not items: raise DataError(f'{name} is a card without example dialogues (mes_example): there is nothing to '
+                                  f'learn from.')
     yield from enumerate(items, 1)
 
 # %% ../nbs/data/rows.ipynb #07a00052
@@ -198,8 +213,12 @@ def read_items(name:str, b:bytes, # a file's name and content
     suffix = Path(name).suffix.lower()
     if suffix not in SUFFIXES:
         raise DataError(f'{name} ends in {suffix!r}: known are {", ".join(SUFFIXES)}, and any of them as .gz or .zip.')
-    if suffix == '.parquet': yield from _parquet_items(name, b); return
-    if suffix in ('.png', '.charx') or (suffix == '.json' and looks_like_card(b)): yield from _card_items(name, b); return
+    if suffix == '.parquet':
+        yield from _parquet_items(name, b)
+        return
+    if suffix in ('.png', '.charx') or (suffix == '.json' and looks_like_card(b)):
+        yield from _card_items(name, b)
+        return
     text = decoded(name, b, encoding)
     if suffix in ('.csv', '.tsv'): yield from _csv_items(name, text)
     elif suffix == '.json': yield from _json_items(name, text)
@@ -255,7 +274,10 @@ def exchanges(turns, base:dict, # (role, text, line) in order, and the fields th
     "A row for every reply of a conversation, with its history."
     said, before, part = None, [], 1
     for role, text, line in merged(turns):
-        if why := unfit_text(text): yield line, f'a turn {why}'; said, before, part = None, [], part+1; continue
+        if why := unfit_text(text):
+            yield line, f'a turn {why}'
+            said, before, part = None, [], part+1
+            continue
         if role == 'assistant' and said is not None:
             yield line, base | dict(user=said, reply=text, history=list(before),
                                     scene=scene if part == 1 else f'{scene}.{part}')
@@ -282,7 +304,9 @@ def _conversation(o:dict, turns:list, scene:str) -> Iterator[dict|str]:
     "Rows, or reasons why there is none, of ShareGPT's `conversations` or OpenAI's `messages`."
     base, kept = _flat(o), []
     for t in turns:
-        if not isinstance(t, dict): yield f'a turn that is a {type(t).__name__}, not an object'; continue
+        if not isinstance(t, dict):
+            yield f'a turn that is a {type(t).__name__}, not an object'
+            continue
         role, text = _turn(t)
         if role == 'system': base['instruction'] = text
         elif role in ('user', 'assistant'): kept.append((role, text, 0))
@@ -314,7 +338,8 @@ def check_columns(columns, source:str, names:dict=SPELLINGS):
     if {'conversations', 'messages', 'conversation'} & set(columns) or (names is SPELLINGS and is_alpaca(columns)):
         return
     if any(c <= set(columns) for c in _CHOICES):
-        raise DataError(f'{source} holds multiple-choice items (columns {", ".join(columns[:8])}): they ask what a model knows, not how a character talks. '
+        raise DataError(f'{source} holds multiple-choice items (columns {", ".join(columns[:8])}): they ask what a '
+                        f'model knows, not how a character talks. '
                         'Bring rows with a line and the character\'s reply to it.')
     for f in ('user', 'reply'):
         if not set(names[f]) & set(columns):
@@ -342,13 +367,15 @@ def renamed(columns:dict, # field → the file's column
 # %% ../nbs/data/rows.ipynb #ba4e60fd
 @dataclass
 class Chats:
-    "What a log holds: scenes of (speaker, text, line), whom the log itself calls the character, and lines that are nobody's."
+    """What a log holds: scenes of (speaker, text, line), whom the log itself calls the character, and lines that are
+    nobody's."""
     scenes: list     # lists of (speaker, text, line)
     character: str=''
     loose: list=()   # (line, reason)
 
     def speakers(self) -> Counter: return Counter(who for s in self.scenes for who, _, _ in s)
-    def __repr__(self): return f'{len(self.scenes)} scenes, {", ".join(f"{n} ({k})" for n, k in self.speakers().most_common(8))}'
+    def __repr__(self): return (f'{len(self.scenes)} scenes, '
+                                f'{", ".join(f"{n} ({k})" for n, k in self.speakers().most_common(8))}')
 
 # %% ../nbs/data/rows.ipynb #cbd36885
 _SAID = re.compile(r'^[\s*_>-]*(?:[\[(]?\d{1,2}:\d{2}(?::\d{2})?[\])]?\s*)?([^\W\d_][^:：「『"“”\[\]()（）!?！？,，。;；]{0,40}?)[\s*_]*(?:(?:[(（][^)）]*[)）])?\s*[:：][\s*_]*|(?=[「『]))(?!//)(.+)$')
@@ -371,10 +398,13 @@ def _blocks(lines) -> list[list]: # of (line, text)
     "Blocks between blank lines; where nearly every line stands alone, only wider gaps and rules divide."
     blocks, gap = [[]], 0
     for i, l in enumerate(lines, 1):
-        if not l.strip() or _RULE.match(l): gap += 2 if l.strip() else 1; continue
+        if not l.strip() or _RULE.match(l):
+            gap += 2 if l.strip() else 1
+            continue
         if gap and blocks[-1]: blocks.append([])
         if gap: blocks[-1].append((gap, None))
-        blocks[-1].append((i, l)); gap = 0
+        blocks[-1].append((i, l))
+        gap = 0
     single = sum(sum(l is not None for _, l in b) == 1 for b in blocks) > .6*len(blocks)
     out = []
     for b in blocks:
@@ -407,7 +437,9 @@ def tavern_chats(text:str) -> Chats|None:
                                           or {'mes', 'name', 'is_user'} <= head.keys()): return None
     scene, loose = [], []
     for i, o in _json_lines(text):
-        if isinstance(o, str): loose.append((i, o)); continue
+        if isinstance(o, str):
+            loose.append((i, o))
+            continue
         if 'mes' not in o: continue
         if o.get('is_system'): loose.append((i, 'a message of the system'))
         elif o.get('mes'): scene.append((str(o.get('name') or 'unnamed'), o['mes'], i))
@@ -422,7 +454,8 @@ def by_pauses(said) -> list[list]: # from (time in s or None, speaker, text, lin
     scenes, last = [], None
     for t, who, text, line in said:
         if not scenes or (t is not None and last is not None and t-last > PAUSE): scenes.append([])
-        scenes[-1].append((who, text, line)); last = last if t is None else t
+        scenes[-1].append((who, text, line))
+        last = last if t is None else t
     return scenes
 
 # %% ../nbs/data/rows.ipynb #f3d2f493y
@@ -440,12 +473,17 @@ def telegram_chats(root:dict) -> Chats|None:
                for c in chats or [{}]): return None
     scenes, loose = [], []
     for n, m in ((n, m) for c in chats for n, m in [('', None), *enumerate(c['messages'], 1)]):
-        if m is None: said = []; scenes.append(said); continue
+        if m is None:
+            said = []
+            scenes.append(said)
+            continue
         if not isinstance(m, dict) or m.get('type', 'message') != 'message':
-            loose.append((n, 'a service message')); continue
+            loose.append((n, 'a service message'))
+            continue
         text, when = _pieces(m.get('text')), m.get('date_unixtime') or m.get('date')
         if not text.strip() or not m.get('from'):
-            loose.append((n, 'no text (a photo, a sticker, a deleted account)')); continue
+            loose.append((n, 'no text (a photo, a sticker, a deleted account)'))
+            continue
         try: t = float(when) if str(when).isdigit() else datetime.fromisoformat(when).timestamp()
         except (TypeError, ValueError): t = None
         said.append((t, str(m['from']), text, n))
@@ -453,7 +491,8 @@ def telegram_chats(root:dict) -> Chats|None:
 
 # %% ../nbs/data/rows.ipynb #84d34758
 _STAMP = re.compile(r'^\[?(\d{1,4})[./-](\d{1,2})[./-](\d{2,4}),?\s+(\d{1,2})[:.](\d{2})(?:[:.](\d{2}))?\s*(?:([AaPp])\.?\s?[Mm]\.?)?\]?\s*(?:[-–]\s*)?(.*)$')
-_NO_TEXT = re.compile(r'^<[^>]{3,60}>$|^(image|video|audio|sticker|gif|document|contact card) omitted$|^\S+ \(file attached\)$', re.I)
+_NO_TEXT = re.compile(r'^<[^>]{3,60}>$|^(image|video|audio|sticker|gif|document|contact card) omitted$|^\S+ \(file '
+                      r'attached\)$', re.I)
 
 # %% ../nbs/data/rows.ipynb #84d34758x
 def _when(m, day_first:bool) -> float|None:
@@ -489,7 +528,8 @@ def text_chats(name:str, text:str) -> Chats:
     stamped = sum(bool(_STAMP.match(l.lstrip('\u200e\ufeff'))) for l in head) > .4*len(head)
     got = whatsapp_chats(lines) if stamped else script_chats(lines)
     if not got.scenes:
-        raise DataError(f'{name}: nobody speaks in this text; expected lines such as "Name: what is said", scenes divided by blank lines, or a WhatsApp export.')
+        raise DataError(f'{name}: nobody speaks in this text; expected lines such as "Name: what is said", scenes '
+                        f'divided by blank lines, or a WhatsApp export.')
     return got
 
 # %% ../nbs/data/rows.ipynb #032b1340
@@ -499,7 +539,8 @@ def cast(chats:Chats, character:str, source:str) -> str:
     some = ', '.join(f'{n} ({k:,})' for n, k in found.most_common(12)) + (f' and {len(found)-12} more'
         if len(found) > 12 else '')
     if len(found) < 2:
-        raise DataError(f'{source}: only {next(iter(found), "nobody")} speaks, so nobody is answered; bring a text with at least two speakers.')
+        raise DataError(f'{source}: only {next(iter(found), "nobody")} speaks, so nobody is answered; bring a text '
+                        f'with at least two speakers.')
     wanted = character or chats.character
     if not wanted:
         raise DataError(f'{source}: who of the speakers is the character? Say character=NAME. Speakers: {some}.')
@@ -542,10 +583,14 @@ def to_rows(items, # (line, item) pairs from `read_items`, or a data set's items
     def each():
         nonlocal names
         for line, o in items:
-            if isinstance(o, Chats): yield from ((i, r, o) for i, r in chat_rows(o, character, source)); continue
+            if isinstance(o, Chats):
+                yield from ((i, r, o) for i, r in chat_rows(o, character, source))
+                continue
             keys = o if isinstance(o, list) else list(o) if isinstance(o, dict) else None
-            if keys is not None and names is None: names = renamed(columns, keys, source); check_columns(keys, source,
-                names)
+            if keys is not None and names is None:
+                names = renamed(columns, keys, source)
+                check_columns(keys, source,
+names)
             if isinstance(o, str): yield line, o, o
             elif isinstance(o, dict): yield from ((line, r, o) for r in expand(o, f'{source}:{line}', names))
     for line, r, o in each():
@@ -584,6 +629,8 @@ def read_rows(path:str|Path, # a file of any known format
     "All rows of a file and all rejects; a `DataError` if nothing is left."
     rows, rejects, told = [], [], persona_text(persona)
     for name, b in read_bytes(path):
-        r, j = to_rows(read_items(name, b, encoding), name, character, columns); rows += r; rejects += j
+        r, j = to_rows(read_items(name, b, encoding), name, character, columns)
+        rows += r
+        rejects += j
     rows = only(some_left(rows, rejects, Path(path).name)[0], character, Path(path).name)
     return [r | dict(instruction=r['instruction'] or told) for r in rows], rejects

@@ -83,7 +83,8 @@ def lm(self:Run):
     return self._lm
 
 # %% ../nbs/data/runs.ipynb #74741027
-SHARED = ('out', 'model', 'precision', 'adapter', 'template', 'seed') # what a run and a configuration may have in common
+# what a run and a configuration may have in common
+SHARED = ('out', 'model', 'precision', 'adapter', 'template', 'seed')
 
 @patch
 def config(self:Run, cls:type[Config], **given # other parameters

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'Sampling', 'find_preset', 'said_again', 'next_tokens', 'next_token', 'draw_among', 'Request', 'Speaker',
-           'heard', 'held_back', 'take', 'close']
+           'hear', 'held_back', 'take', 'close']
 
 # %% ../nbs/chat/sampling.ipynb #c745a721
 import queue, threading, time
@@ -34,7 +34,7 @@ PRESETS = {'greedy': Sampling(temperature=0., guard=0), 'calm': Sampling(tempera
 
 def find_preset(name:str) -> Sampling:
     "A preset by its name; a `ValueError` that names those there are."
-    return replace(PRESETS[known(name, PRESETS, 'preset')])
+    return replace(PRESETS[named_in(name, PRESETS, 'preset')])
 
 def said_again(ids:list[int], n:int # tokens of the reply so far; length of a run
               ) -> set[int]:
@@ -73,7 +73,8 @@ def draw_among(logits:torch.Tensor, # (replies, vocabulary)
               ) -> torch.Tensor: # (replies,) tokens
     "A token of each, where the luck falls among those that are kept, the likeliest first."
     most = min(most, logits.shape[1])
-    top, order = logits.topk(most); top = (top - logits.logsumexp(-1, keepdim=True)).exp()
+    top, order = logits.topk(most)
+    top = (top - logits.logsumexp(-1, keepdim=True)).exp()
     keep = (top.cumsum(-1) - top < top_p) & (torch.arange(most, device=top.device) < top_k) & (top >= min_p*top[:, :1])
     keep[:, 0] = True
     share = (top*keep).cumsum(-1)
@@ -123,10 +124,11 @@ class Speaker(Protocol):
     "Whoever can be asked: one model, many replies at once, an engine at another address."
     tok: object                  # the tokenizer of its model
     room: int                    # tokens of a prompt and its reply, at most
-    def ask(self, r:Request) -> Request: "Take a request, whose `pieces` are what is said; a `ValueError` if it can't be answered."
+    def ask(self, r:Request) -> Request: ("Take a request, whose `pieces` are what is said; a `ValueError` if it can't "
+                                          "be answered.")
     def stop(self): "No more requests."
 
-def heard(speaker:Speaker, text:str, # rendered, special tokens included
+def hear(speaker:Speaker, text:str, # rendered, special tokens included
           s:Sampling, stops:tuple[str,...]=(), on:bool|str=True # texts that end it; whether the adapter acts
          ) -> str:
     "Have a speaker go on from a text, and wait for all of it."
@@ -145,8 +147,11 @@ def take(r, # a reply: text, ids, ended, sent
         ) -> str: # what is certain now and was not before
     "Put a token to a reply, which may end by it."
     if token in ends: return close(r, 'turn')
-    r.ids.append(token); r.text = tok.decode(r.ids, skip_special_tokens=True).lstrip()
-    if at := [i for t in stops if (i := r.text.find(t)) >= 0]: r.text = r.text[:min(at)]; return close(r, 'stop text')
+    r.ids.append(token)
+    r.text = tok.decode(r.ids, skip_special_tokens=True).lstrip()
+    if at := [i for t in stops if (i := r.text.find(t)) >= 0]:
+        r.text = r.text[:min(at)]
+        return close(r, 'stop text')
     if len(r.ids) >= limit: return close(r, 'limit')
     sure = len(r.text) - max(held_back(r.text, stops), r.text.endswith('\ufffd'))
     piece, r.sent = r.text[r.sent:sure], max(sure, r.sent)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NOT_HERE', 'MAX_BODY', 'MAX_MESSAGES', 'REASONS', 'ServeConfig', 'Stage', 'cast_of', 'own_adapters', 'stage_of',
-           'Refused', 'number', 'sampling_of', 'likely_of', 'messages_of', 'logprobs_of', 'usage', 'answered', 'chunk',
-           'following', 'streamed', 'body_of', 'guarded', 'app_of', 'serve_forever']
+           'Refused', 'number', 'sampling_of', 'likely_of', 'messages_of', 'logprobs_of', 'usage', 'completion_of',
+           'chunk', 'following', 'streamed', 'body_of', 'guarded', 'app_of', 'serve_forever']
 
 # %% ../nbs/chat/serve.ipynb #07d00004
 import asyncio, contextlib, hmac, json, os, queue, re, time, uuid
@@ -62,7 +62,8 @@ def cast_of(cfg:ServeConfig) -> dict[str,Character]: # name of the model → cha
     "All characters of a run and of some cards."
     who = cast_of_run(cfg.out) if (rooted(cfg.out)/'data').is_dir() or not cfg.cards else {}
     for c in cfg.cards:
-        one = character_of_card(read_card(c), cfg.user); who[slug(one.name)] = one
+        one = character_of_card(read_card(c), cfg.user)
+        who[slug(one.name)] = one
     return who
 
 def own_adapters(cfg:ServeConfig, who:dict) -> dict[str,str]: # name of the model → folder, or name at the engine behind
@@ -90,7 +91,9 @@ def stage_of(cfg:ServeConfig) -> Stage:
         every = ({'@run': place} if place else {}) | own  # no character can be called so
         model = load_model(cfg.model, cfg.precision)
         engine = Engine(load_adapters(model, every) if every else model, tok, **told)
-        if own and not engine.adapters: engine.stop(); Adapters(engine.model)  # says why
+        if own and not engine.adapters:
+            engine.stop()
+            Adapters(engine.model)  # says why
     return Stage(who, engine, find_template(run_template(cfg.out, cfg.template)), cfg.user, cfg.new_tokens,
                  bool(place), int(time.time()), wears=own if cfg.engine else {n: n for n in own})
 
@@ -99,7 +102,8 @@ class Refused(Exception):
     "What an answer with an error needs."
     def __init__(self, status:int, message:str, param:str|None=None, code:str|None=None,
                  kind:str='invalid_request_error', **headers):
-        super().__init__(message); self.status, self.headers = status, headers
+        super().__init__(message)
+        self.status, self.headers = status, headers
         self.body = dict(error=dict(message=message, type=kind, param=param, code=code))
 
 def number(body:dict, name:str, default, low:float, high:float, whole:bool=False):
@@ -107,7 +111,8 @@ def number(body:dict, name:str, default, low:float, high:float, whole:bool=False
     v = body.get(name)
     if v is None: return default
     if isinstance(v, bool) or not isinstance(v, (int, float)) or (whole and v != int(v)) or not low <= v <= high:
-        raise Refused(400, f'{name} must be {"a whole number" if whole else "a number"} from {low:g} to {high:g}, not {v!r}.', name)
+        raise Refused(400, f'{name} must be {"a whole number" if whole else "a number"} from {low:g} to {high:g}, not '
+                           f'{v!r}.', name)
     return int(v) if whole else float(v)
 
 NOT_HERE = dict(n=1, tools=None, functions=None, response_format=None, logit_bias=None,
@@ -181,7 +186,8 @@ def request_of(self:Stage, body:dict) -> Request:
     if condition not in self.conditions(name):
         raise Refused(404, f'{condition!r} is not served: known are {", ".join(self.conditions(name))}.', 'model',
                       'model_not_found')
-    told, on = CONDITIONS[condition]; on = on and own
+    told, on = CONDITIONS[condition]
+    on = on and own
     (sampling, stops), every = sampling_of(body, self.new_tokens), messages_of(body)
     s = Session(self.engine, self.who[name], self.user, self.template if told else None, sampling,
                 self.engine.room-8, on)
@@ -200,7 +206,9 @@ def logprobs_of(r:Request, tok, first:int=0 # from this token on
                 ) -> dict|None: # None where nobody asked
     "How likely each token was, in OpenAI's form."
     if r.likely is None: return None
-    def one(id, p): text = tok.decode([id]); return dict(token=text, logprob=round(p, 5), bytes=list(text.encode()))
+    def one(id, p):
+        text = tok.decode([id])
+        return dict(token=text, logprob=round(p, 5), bytes=list(text.encode()))
     return dict(refusal=None,
                 content=[one(t, p) | dict(top_logprobs=[one(*o) for o in top]) for t, p, top in r.shown[first:]])
 
@@ -209,7 +217,7 @@ def usage(r:Request) -> dict:
     return dict(prompt_tokens=len(r.prompt), completion_tokens=len(r.ids), total_tokens=len(r.prompt)+len(r.ids))
 
 # %% ../nbs/chat/serve.ipynb #07d00013y
-def answered(r:Request, name:str, id:str, tok) -> dict:
+def completion_of(r:Request, name:str, id:str, tok) -> dict:
     "A reply that was waited for."
     return dict(id=id, object='chat.completion', created=int(time.time()), model=name, usage=usage(r),
                 choices=[dict(index=0, message=dict(role='assistant', content=r.text, refusal=None),
@@ -252,7 +260,8 @@ async def streamed(r:Request, name:str, id:str, seconds:float, count:bool, gone,
         async with contextlib.aclosing(following(r, seconds, gone)) as said:
             n = 0
             async for p in said:
-                likely = logprobs_of(r, tok, n); n += len(likely['content']) if likely else 0
+                likely = logprobs_of(r, tok, n)
+                n += len(likely['content']) if likely else 0
                 yield chunk(name, id, dict(content=p), likely=likely)
         yield chunk(name, id, {}, REASONS.get(r.ended, 'stop'), logprobs_of(r, tok, n))
         if count: yield chunk(name, id, {}, choices=[], usage=usage(r))
@@ -292,7 +301,7 @@ async def chat(self:Stage, request, seconds:float=300) -> JSONResponse|Streaming
         return StreamingResponse(streamed(r, name, id, seconds, count, request.is_disconnected, self.engine.tok),
                                  media_type='text/event-stream')
     async for _ in following(r, seconds, request.is_disconnected): pass
-    return JSONResponse(answered(r, name, id, self.engine.tok))
+    return JSONResponse(completion_of(r, name, id, self.engine.tok))
 
 # %% ../nbs/chat/serve.ipynb #07d0001d
 @patch
@@ -316,7 +325,9 @@ def guarded(answer, # an async function of a request
                 raise Refused(401, 'The key is wrong or missing: send it as "Authorization: Bearer …".',
                               code='invalid_api_key')
             return await answer(request)
-        except Refused as e: counts['refused'] += 1; return JSONResponse(e.body, e.status, e.headers)
+        except Refused as e:
+            counts['refused'] += 1
+            return JSONResponse(e.body, e.status, e.headers)
     return behind
 
 # %% ../nbs/chat/serve.ipynb #07d0001e
@@ -329,7 +340,9 @@ def app_of(stage:Stage, key:str='', seconds:float=300, # whom it answers; how lo
     async def health(request): return JSONResponse(dict(status='ok' if stage.engine.alive() else 'stopped'))
     async def metrics(request): return PlainTextResponse(stage.metrics(counts))
     @contextlib.asynccontextmanager
-    async def life(app): yield; await asyncio.to_thread(stage.engine.stop, 30)
+    async def life(app):
+        yield
+        await asyncio.to_thread(stage.engine.stop, 30)
     behind = lambda path, f, *methods: Route(path, guarded(f, key, counts), methods=methods or ['GET'])
     pages = [Route(path, guarded(f, key if secret else '', counts), methods=[m])
              for path, f, m, secret in (page.routes() if page else ())]

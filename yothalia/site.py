@@ -72,7 +72,9 @@ def staged(notebook:dict, blob:str, sentences:dict[str,str]) -> dict:
         if c['cell_type'] == 'markdown':
             if heads := re.findall(r'^#+ (.+)', text, re.M): heading = heads[-1]
             text = site_links(text, blob)
-            if i == 0: c['cell_type'], text = 'raw', front_matter(text); c.pop('outputs', None)
+            if i == 0:
+                c['cell_type'], text = 'raw', front_matter(text)
+                c.pop('outputs', None)
         elif pictured(c) and 'fig-alt' not in text:
             text = f'#| fig-alt: {json.dumps(alt_text(text, sentences, heading), ensure_ascii=False)}\n{text}'
         c['source'] = text
@@ -111,7 +113,8 @@ def results_page(folder:Path # with records
 # %% ../nbs/run/site.ipynb #c600001a
 def repository() -> str:
     "Address of the files in the repository, from settings.ini."
-    cfg = ConfigParser(delimiters=['=']); cfg.read(project_root()/'settings.ini', encoding='utf-8')
+    cfg = ConfigParser(delimiters=['='])
+    cfg.read(project_root()/'settings.ini', encoding='utf-8')
     return f"{cfg['DEFAULT']['git_url']}/blob/{cfg['DEFAULT']['branch']}"
 
 def site_config(out:Path, # with the staged pages

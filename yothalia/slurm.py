@@ -142,12 +142,13 @@ def grid_points(grid:dict # name → list of values; a name may be bound to a st
     if wrong or not grid:
         raise RunError('The grid needs a list of values for each name, as in "02_lora.rank: [8, 16]"; '
                        f'{", ".join(wrong) or "it"} has none.')
-    short = lambda v: Path(str(v)).stem if '/' in str(v) else v
-    told = lambda v: json.dumps(v) if isinstance(v, (list, dict, bool)) else v
     out = {}
     for values in itertools.product(*grid.values()):
-        name = ','.join(f"{k.rpartition('.')[2]}={short(v)}" for k, v in zip(grid, values))
-        out[re.sub(r'[^\w=,.+-]+', '-', name)] = [f'{k}={told(v)}' for k, v in zip(grid, values)]
+        names, given = [], []
+        for k, v in zip(grid, values):
+            names.append(f"{k.rpartition('.')[2]}={Path(str(v)).stem if '/' in str(v) else v}")
+            given.append(f'{k}={json.dumps(v) if isinstance(v, (list, dict, bool)) else v}')
+        out[re.sub(r'[^\w=,.+-]+', '-', ','.join(names))] = given
     return out
 
 # %% ../nbs/run/slurm.ipynb #b600001e
@@ -398,8 +399,10 @@ def plot_collected(table, keys:list[str]=()): # columns; else the first four tha
             if not isinstance(m, dict): continue
             if m['interval']: ax.plot(m['interval'], [y, y], color='#4477aa', lw=2)
             ax.plot(m['value'], y, 'o', color='#4477aa')
-        ax.set(title=c, xlabel=next(m for m in table[c] if isinstance(m, dict))['unit']); ax.grid(axis='x', alpha=.25)
-    axs[0, 0].set_yticks(range(len(table)), table.index); axs[0, 0].invert_yaxis()
+        ax.set(title=c, xlabel=next(m for m in table[c] if isinstance(m, dict))['unit'])
+        ax.grid(axis='x', alpha=.25)
+    axs[0, 0].set_yticks(range(len(table)), table.index)
+    axs[0, 0].invert_yaxis()
     return fig
 
 # %% ../nbs/run/slurm.ipynb #b6000040

@@ -74,12 +74,15 @@ def shaped(name:str, # a key of `SHAPES`
                                              dtype=arithmetic(precision))
     if precision in ('fp32', 'bf16'): return m.eval()
     with tempfile.TemporaryDirectory(dir=rooted('_runs')) as box, quiet():
-        m.save_pretrained(box); del m; return load_model(box, precision)
+        m.save_pretrained(box)
+        del m
+        return load_model(box, precision)
 
 # %% ../nbs/studies/speed.ipynb #02d0000bx
 def model_of(name:str, cfg:SpeedConfig): # a PeftModel
     "The model, or its shape, with a fresh adapter."
-    seed_everything(cfg.seed); spread = cfg.shard and world()[1] > 1
+    seed_everything(cfg.seed)
+    spread = cfg.shard and world()[1] > 1
     m = (shaped(name, cfg.precision, spread) if name in SHAPES else
          load_model(name, cfg.precision, device='cpu' if spread else ''))
     m = add_lora(m, LoraConfig(rank=cfg.rank, alpha=2*cfg.rank, precision=cfg.precision))
@@ -122,7 +125,8 @@ def _watched(trainer, tokens:list[int]) -> list[dict]:
             if 'grad_norm' in logs:
                 seen.append(dict(seconds=time.perf_counter()-start, loss=float(logs['loss']),
                                  grad_norm=float(logs['grad_norm'])))
-    trainer.remove_callback(PrinterCallback); trainer.add_callback(Watch())
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(Watch())
     with quiet(): trainer.train()
     return [s | dict(tokens=n) for s, n in zip(seen, tokens)]
 
@@ -183,7 +187,8 @@ def trained_together(name:str, cfg:SpeedConfig, processes:int) -> dict: # as `tr
                               f'--nproc-per-node={processes}', '-m', 'yothalia.speed', name, box], capture_output=True,
                               text=True)
         if got.returncode:
-            raise TrainError(f'{processes} processes could not train {name} together: {(got.stderr.strip().splitlines() or ["no reason given"])[-1]}')
+            raise TrainError(f'{processes} processes could not train {name} together: '
+                             f'{(got.stderr.strip().splitlines() or ["no reason given"])[-1]}')
         return json.loads((Path(box)/'made.json').read_text())
 
 def _one_of_several(name:str, box:Path):
@@ -196,7 +201,8 @@ def _one_of_several(name:str, box:Path):
 if __name__ == '__main__' and Path(sys.argv[0]).stem == 'speed': _one_of_several(sys.argv[1], Path(sys.argv[2]))
 
 # %% ../nbs/studies/speed.ipynb #02d00013d
-def measure_speed(name:str, trainer:str, cfg:SpeedConfig, rate:float, # a model or shape; a key of `TRAINERS`; FLOP/s of one device
+def measure_speed(name:str, trainer:str, cfg:SpeedConfig,
+                  rate:float, # a model or shape; a key of `TRAINERS`; FLOP/s of one device
                   processes:int=1) -> tuple[dict, dict]: # metrics, what
     "Train, and count."
     made = trained(name, trainer, cfg) if processes == 1 else trained_together(name, cfg, processes)
@@ -237,7 +243,8 @@ def plot_speed(records:list[dict], ax=None):
             color=['tab:green' if n.startswith('ours') else 'tab:gray' for n in t.trainer][::-1])
     for y, (v, s) in enumerate(zip(t.throughput[::-1], t['share of matmul rate'][::-1])):
         ax.text(v, y, f' {v:,.0f} ({s:.0%})', va='center', fontsize=8)
-    ax.set(xscale='log', xlabel='tokens per second (share of the matrix rate)'); ax.margins(x=.2)
+    ax.set(xscale='log', xlabel='tokens per second (share of the matrix rate)')
+    ax.margins(x=.2)
     return ax
 
 # %% ../nbs/studies/speed.ipynb #02d00013q

@@ -54,7 +54,8 @@ def benchmark_records(source:str|Path|list[dict], # a folder, or records from `l
            and all(setting(r, k) == v for k, v in what.items())]
     if not got:
         where = ', '.join(f'{k} {v!r}' for k, v in what.items()) or 'any setting'
-        raise StatsError(f'none of {len(every)} benchmark records{" in "+Path(source).name if folder else ""} has {where}: run 04_benchmark, or see `overview` for what there is')
+        raise StatsError(f'none of {len(every)} benchmark records{" in "+Path(source).name if folder else ""} has '
+                         f'{where}: run 04_benchmark, or see `overview` for what there is')
     return got
 
 # %% ../nbs/benchmark/stats.ipynb #457074c4
@@ -74,25 +75,27 @@ def overview(source:str|Path|list[dict], # a folder or records
 def one_each(records:list[dict], # that shall be compared
              along:str='condition' # the setting in which they may differ
             ) -> dict: # its value → record
-    "The records by their value of `along`; a `StatsError` if two share a value, or if they differ in anything else that matters."
+    """The records by their value of `along`; a `StatsError` if two share a value, or if they differ in anything else
+    that matters."""
     out = {}
     for r in records:
         key = setting(r, along)
-        if (twin := out.get(key)) is not None:
-            differ = [f'{k} ({x!r}, {y!r})' for k in (*SETTINGS, 'adapter')
-                      if (x := setting(twin, k)) != (y := setting(r, k))]
-            raise StatsError(f'two records have {along} {key!r}: say which is meant'
-                             + (f', they differ in {", ".join(differ)}' if differ
-                             else f'; {r["path"].name} and {twin["path"].name} are the same measurement'))
+        if key in out: raise StatsError(f'two records have {along} {key!r}: say which is meant' + _apart(out[key], r))
         out[key] = r
-    varies = {k: {str(setting(r, k)) for r in out.values()} for k in SETTINGS if k != along
-              and not (along == 'condition' and k == 'template')}
-    if along == 'condition': varies['adapter'] = {a for r in out.values() if (a := r['what'].get('adapter'))}
+    apart = [k for k in SETTINGS if k != along and not (along == 'condition' and k == 'template')]
+    varies = {k: {str(setting(r, k)) for r in out.values()} for k in apart}
+    if along == 'condition': varies['adapter'] = {r['what'].get('adapter') for r in out.values()} - {None, ''}
     if mixed := [f'{k} ({", ".join(sorted(v))})' for k, v in varies.items() if len(v) > 1]:
         raise StatsError(f'these records differ in more than {along}: {"; ".join(mixed)}. Name one of each')
-    order = [c for c in CONDITIONS if c in out] if along == 'condition' else sorted(out,
-        key=lambda v: (str(type(v)), v))
-    return {k: out[k] for k in order} | out
+    if along == 'condition': return {c: out[c] for c in CONDITIONS if c in out} | out
+    return {k: out[k] for k in sorted(out, key=lambda v: (str(type(v)), v))}
+
+def _apart(a:dict, b:dict) -> str: # records
+    "In what two records differ, in words."
+    both = [(k, setting(a, k), setting(b, k)) for k in (*SETTINGS, 'adapter')]
+    differ = [f'{k} ({x!r}, {y!r})' for k, x, y in both if x != y]
+    if differ: return f', they differ in {", ".join(differ)}'
+    return f'; {b["path"].name} and {a["path"].name} are the same measurement'
 
 # %% ../nbs/benchmark/stats.ipynb #ddf619ae
 def _read(file:Path, by:str # a per-question file, the score that decides
@@ -110,7 +113,8 @@ def _read(file:Path, by:str # a per-question file, the score that decides
 
 # %% ../nbs/benchmark/stats.ipynb #c0d15ab2
 class Answers:
-    "Who answered what: a table with one line per question and value of the compared setting, and the records behind it."
+    """Who answered what: a table with one line per question and value of the compared setting, and the records behind
+    it."""
     def __init__(self, table:pd.DataFrame, # `along`, id, cluster, lang, answer, picked, right
                  along:str='condition', # the column that is compared
                  records=(), # of the benchmark
@@ -126,7 +130,8 @@ class Answers:
 
     def __repr__(self):
         shares = ', '.join(f'{k} {v:.2f}' for k, v in self.wide.mean().items())
-        return f'{len(self.wide):,} questions of {len(set(self.clusters))} characters, right by {self.by or "what was given"}: {shares}'
+        return (f'{len(self.wide):,} questions of {len(set(self.clusters))} characters, right by '
+                f'{self.by or "what was given"}: {shares}')
 
 # %% ../nbs/benchmark/stats.ipynb #67f02d04
 def paired(table:pd.DataFrame, # from `answers`
@@ -150,7 +155,8 @@ def answers(source:str|Path|list[dict], # a folder or records
     kept = one_each(benchmark_records(source, mode=mode, **what), along)
     heads = {by} if by else {headline_of(r) for r in kept.values()}
     if len(heads) > 1:
-        raise StatsError(f'these records are read in different ways ({", ".join(sorted(heads))}): say by which, e.g. by={sorted(heads)[0]!r}')
+        raise StatsError(f'these records are read in different ways ({", ".join(sorted(heads))}): say by which, e.g. '
+                         f'by={sorted(heads)[0]!r}')
     by = heads.pop()
     tables = [_read(r['path'].parent/r['questions'], by).assign(**{along: v}) for v, r in kept.items()]
     return Answers(pd.concat(tables, ignore_index=True), along, list(kept.values()), by)
@@ -164,7 +170,8 @@ def cluster_sums(values, # (n,) or (n, k)
     if len(values) < 2: raise StatsError(f'{len(values)} question: two are the least for any interval')
     codes = pd.factorize(np.asarray(clusters, object), use_na_sentinel=False)[0]
     if codes.max() == 0: codes = np.arange(len(codes))
-    sums = np.zeros((codes.max()+1, values.shape[1])); np.add.at(sums, codes, values)
+    sums = np.zeros((codes.max()+1, values.shape[1]))
+    np.add.at(sums, codes, values)
     return sums, np.bincount(codes)
 
 def bootstrap_means(values, clusters, # (n,) or (n, k); (n,) names
@@ -187,7 +194,8 @@ def percentile_interval(means:np.ndarray, # (draws,) or (draws, k)
                         level:float=.95, # of confidence
                         expand:bool=True # correct for few clusters
                        ) -> np.ndarray: # (2,) or (2, k)
-    "Percentile interval of bootstrap draws, expanded for few clusters (Hesterberg 2015, What Teachers Should Know About the Bootstrap)."
+    """Percentile interval of bootstrap draws, expanded for few clusters (Hesterberg 2015, What Teachers Should Know
+    About the Bootstrap)."""
     tail = (1-level)/2
     if expand: tail = stats.norm.cdf(-stats.t.isf(tail, units-1)*(units/(units-1))**.5)
     return np.quantile(means, [tail, 1-tail], axis=0)
@@ -196,8 +204,10 @@ def percentile_interval(means:np.ndarray, # (draws,) or (draws, k)
 def sign_flip_p(sums, # (units,) total difference of each cluster
                 draws:int=9999, # random flips, where the totals are no multiples of a quarter
                 seed:int=0) -> float:
-    "Two-sided p-value of flipping the signs of whole clusters: exact by convolution for counted answers, else by random flips."
-    sums = np.asarray(sums, float).ravel(); sums = sums[sums != 0] # a zero has no sign
+    """Two-sided p-value of flipping the signs of whole clusters: exact by convolution for counted answers, else by
+    random flips."""
+    sums = np.asarray(sums, float).ravel()
+    sums = sums[sums != 0]  # a zero has no sign
     steps = np.rint(abs(sums)*4).astype(int)
     if len(sums) < 2: return 1.0 # the other sign is as extreme
     if not np.allclose(steps, abs(sums)*4):
@@ -224,7 +234,8 @@ def detectable(n:int, # paired questions
     d = discordant**.5 * (a*m**.5 + b*(m + b*b - a*a)**.5) / (m + b*b)
     return float(d) if 0 < d <= discordant else float(optimize.brentq(lambda d: a + b*(1-d)**.5 - (m*d)**.5, 0, 1))
 
-def discordant_share(accuracy:float, difference:float, # of the first condition; the second's is higher by the difference
+def discordant_share(accuracy:float,
+                     difference:float, # of the first condition; the second's is higher by the difference
                      correlation:float=.6 # of right and wrong between the two
                     ) -> float:
     "The discordant share that goes with two accuracies and the correlation of their answers."
@@ -243,7 +254,8 @@ def questions_needed(difference:float, # of accuracies that shall be found, e.g.
     d = abs(difference)
     psi = discordant_share(accuracy, difference, correlation) if discordant is None else discordant
     if not 0 < d <= psi <= 1:
-        raise StatsError(f'a difference of {d:g} with a discordant share of {psi:g}: it must lie between 0 and that share')
+        raise StatsError(f'a difference of {d:g} with a discordant share of {psi:g}: it must lie between 0 and that '
+                         f'share')
     a, b = _z(alpha/comparisons, power)
     return int(np.ceil((a*psi**.5 + b*(psi-d*d)**.5)**2 / d**2 * max(design_effect, 1)))
 
@@ -266,7 +278,8 @@ def _cluster_variance(values, clusters) -> float:
 
 def two_way(values, clusters, sets # (n,), (n,) characters, (n,) sets
            ) -> float: # 1 or more
-    "How many times wider the standard error by characters and sets is than by characters alone (Cameron, Gelbach and Miller 2011)."
+    """How many times wider the standard error by characters and sets is than by characters alone (Cameron, Gelbach and
+    Miller 2011)."""
     both = [f'{c} | {s}' for c, s in zip(clusters, sets)]
     of = lambda names: _cluster_variance(values, names) if len(set(names)) > 1 else 0.
     alone, other = of(clusters), of(sets)
@@ -277,7 +290,8 @@ def estimate(values, clusters, # (n,) and (n,)
              draws:int=10_000, seed:int=0, level:float=.95, power:float=.8,
              sets=None # (n,) closed sets, where questions come in such: they widen the interval, and p can only grow
             ) -> dict:
-    "Mean of paired values with cluster bootstrap interval, sign-flip p, design effect and detectable effect at `power`."
+    """Mean of paired values with cluster bootstrap interval, sign-flip p, design effect and detectable effect at
+    `power`."""
     values, mean = np.asarray(values, float), float(np.mean(values))
     sums, sizes = cluster_sums(values, clusters)
     wider = two_way(values, clusters, sets) if sets is not None and len(set(clusters)) > 1 else 1.
@@ -294,7 +308,8 @@ def paired_difference(a, b, # (n,) right or wrong in the first and the second co
                       clusters, # (n,) characters
                       draws:int=10_000, seed:int=0, level:float=.95, power:float=.8, sets=None # (n,) closed sets
                      ) -> dict:
-    "Accuracy of b minus a: interval, won and lost, exact McNemar p, p by characters, and the minimum detectable effect."
+    """Accuracy of b minus a: interval, won and lost, exact McNemar p, p by characters, and the minimum detectable
+    effect."""
     a, b = np.asarray(a, bool), np.asarray(b, bool)
     got, m = estimate(b.astype(float)-a, clusters, draws, seed, level, power, sets), mcnemar(a, b)
     psi = (m['won']+m['lost'])/len(a)
@@ -341,7 +356,8 @@ def say(row, # a line of `compare`, or a dict with its columns
         alpha:float=.05) -> str:
     "One comparison as a sentence, in points (hundredths of accuracy)."
     p = row.get('p_holm', row['p'])
-    text = f"{row['to']} against {row['from']}: {100*row['difference']:+.1f} points [{100*row['low']:+.1f}, {100*row['high']:+.1f}]"
+    text = (f"{row['to']} against {row['from']}: {100*row['difference']:+.1f} points [{100*row['low']:+.1f}, "
+            f"{100*row['high']:+.1f}]")
     text += f", {row['won']} won, {row['lost']} lost, p {p:.2g}{' (Holm)' if 'p_holm' in row else ''}"
     who = f"{row['n']} questions of {row['clusters']} character" + 's'*(row['clusters'] != 1)
     see = 'no difference at all' if np.isnan(row['detectable']) else f"{100*row['detectable']:.1f} points"
@@ -360,9 +376,11 @@ EFFECTS = { # name → (family, weight of each condition)
 
 def factorial(a:Answers, # along the condition
               draws:int=10_000, seed:int=0, level:float=.95, power:float=.8) -> pd.DataFrame: # one line per effect
-    "Main effects, interaction and simple effects of prompt and adapter, by cluster bootstrap, with Holm's correction in each family."
+    """Main effects, interaction and simple effects of prompt and adapter, by cluster bootstrap, with Holm's correction
+    in each family."""
     if missing := [c for c in CONDITIONS if c not in a.values]:
-        raise StatsError(f'the 2 × 2 needs four conditions, {", ".join(missing)} missing: train an adapter and run 04_benchmark')
+        raise StatsError(f'the 2 × 2 needs four conditions, {", ".join(missing)} missing: train an adapter and run '
+                         f'04_benchmark')
     size = pd.Series([family for family, _ in EFFECTS.values()]).value_counts()
     rows = [dict(effect=name, family=family) | estimate(sum(w*a.wide[c] for c, w in weights.items()), a.clusters, draws,
                                                         seed, 1-(1-level)/size[family], power, a.sets)
@@ -372,8 +390,10 @@ def factorial(a:Answers, # along the condition
     return table
 
 # %% ../nbs/benchmark/stats.ipynb #92342cd7
-def accuracies(a:Answers, draws:int=10_000, seed:int=0, level:float=.95) -> pd.DataFrame: # one line per value of `a.along`
-    "Accuracy with Wilson interval (low, high) and cluster bootstrap interval (cluster_low, cluster_high), and unread answers."
+# one line per value of `a.along`
+def accuracies(a:Answers, draws:int=10_000, seed:int=0, level:float=.95) -> pd.DataFrame:
+    """Accuracy with Wilson interval (low, high) and cluster bootstrap interval (cluster_low, cluster_high), and unread
+    answers."""
     rows = []
     for value, g in a.table.groupby(a.along, sort=False):
         m, units = accuracy(g['right']), len(cluster_sums(g['right'], g['cluster'])[1])
@@ -418,8 +438,10 @@ def plot_forest(a:Answers, ax=None, draws:int=10_000, seed:int=0):
 
 # %% ../nbs/benchmark/stats.ipynb #490a7a40
 def against_rule(a:Answers, value='prompt', # whose answers: a value of `a.along`
-                 draws:int=10_000, seed:int=0, level:float=.95, power:float=.8) -> dict: # as `paired_difference`, and the rule
-    "The accuracy of a model minus that of the rule chosen on held-out rows; a `StatsError` where no such rule is recorded."
+                 # as `paired_difference`, and the rule
+                 draws:int=10_000, seed:int=0, level:float=.95, power:float=.8) -> dict:
+    """The accuracy of a model minus that of the rule chosen on held-out rows; a `StatsError` where no such rule is
+    recorded."""
     rules = [r for r in _rules(a) if 'rule' in r['what']]
     if not rules: raise StatsError('no record says which rule was chosen on held-out rows: run 04_benchmark again')
     rule = rules[0]['what']['rule']
@@ -469,7 +491,8 @@ def read_flips(table:pd.DataFrame, # from `flips`
     return '\n'.join(out)
 
 # %% ../nbs/benchmark/stats.ipynb #0f6d7e68
-def _lengths(table:pd.DataFrame, questions:dict[str,dict], bins:int) -> tuple[pd.Series, pd.Series]: # the groups' names, their order
+# the groups' names, their order
+def _lengths(table:pd.DataFrame, questions:dict[str,dict], bins:int) -> tuple[pd.Series, pd.Series]:
     "Length of the true reply in characters, in `bins` groups of about the same size."
     size = table['id'].map({i: len(q['choices'][q['answer']]) for i, q in questions.items()})
     if size.isna().any(): raise StatsError(f'{int(size.isna().sum())} answers have no question with their id')
@@ -477,9 +500,11 @@ def _lengths(table:pd.DataFrame, questions:dict[str,dict], bins:int) -> tuple[pd
     span = size.groupby(group).agg(['min', 'max'])
     return group.map(lambda g: f"{span.at[g, 'min']:.0f}-{span.at[g, 'max']:.0f}"), group
 
-def accuracy_by(a:Answers, view:Literal['language', 'character', 'length', 'position']='character', # what makes the groups
+def accuracy_by(a:Answers, view:Literal['language', 'character', 'length',
+                                        'position']='character', # what makes the groups
                 bins:int=4 # groups of length
-               ) -> pd.DataFrame: # view, along, accuracy, low, high, n; for position also picked, the share of answers that took it
+               # view, along, accuracy, low, high, n; for position also picked, the share of answers that took it
+               ) -> pd.DataFrame:
     "Accuracy in groups of questions with Wilson intervals, for each value of `a.along`."
     table, along = a.table.copy(), a.along
     if view == 'length': table[view], table['_order'] = _lengths(table, find_questions(a.records), bins)
@@ -505,7 +530,8 @@ def plot_by(a:Answers, view:str='length', # language, character, length or posit
     ax = ax or plt.subplots(figsize=(min(10, max(4, .4*len(groups)+2)), 3), layout='constrained')[1]
     values = a.values
     for j, v in enumerate(values):
-        some = t[t[a.along] == v]; x = some[view].map(groups.index) + (j-(len(values)-1)/2)*.14
+        some = t[t[a.along] == v]
+        x = some[view].map(groups.index) + (j-(len(values)-1)/2)*.14
         ax.errorbar(x, some['accuracy'], [some['accuracy']-some['low'], some['high']-some['accuracy']], fmt='o', ms=4,
                     lw=1, label=str(v), color=COLOURS.get(v))
     if a.records and (k := setting(a.records[0], 'options')): ax.axhline(1/k, color='gray', ls=':', lw=1)
@@ -527,7 +553,9 @@ def plot_budget(some:dict[str,Answers], # condition → its answers along max_re
                     marker='o', ms=4, lw=1,
                     capsize=2, label=c, color=COLOURS.get(c))
     if a.records and (k := setting(a.records[0], 'options')): ax.axhline(1/k, color='gray', ls=':', lw=1)
-    ax.set_xscale('log', base=2); ax.set_xticks(a.values, [f'{t:.0f}' for t in a.values]); ax.legend(fontsize=8)
+    ax.set_xscale('log', base=2)
+    ax.set_xticks(a.values, [f'{t:.0f}' for t in a.values])
+    ax.legend(fontsize=8)
     ax.set(ylim=(0, 1), xlabel='tokens of a reply that are scored', ylabel='accuracy')
     return ax
 
@@ -537,7 +565,8 @@ def save_effects(path:str|Path, # the record's JSON file
                  like:dict, # a record of the benchmark that it rests on
                  params:dict # every parameter of the run
                 ) -> dict:
-    "Keep the effects of prompt and adapter as a record of step 'stats': value and interval of each, Holm's p, and what could have been seen."
+    """Keep the effects of prompt and adapter as a record of step 'stats': value and interval of each, Holm's p, and
+    what could have been seen."""
     what = {k: v for k, v in like['what'].items() if k not in ('condition', 'adapter')} | dict(step='stats')
     metrics = {}
     for r in table.to_dict('records'):
@@ -550,7 +579,8 @@ def save_effects(path:str|Path, # the record's JSON file
 def questions_like(row, # a line of `compare` or `factorial`: a pilot
                    difference:float # that shall be found at the pilot's power
                   ) -> int: # questions, from characters like the pilot's and in proportion as many
-    "Number of questions at which an effect of this size becomes detectable, by the pilot's own variance and design effect."
+    """Number of questions at which an effect of this size becomes detectable, by the pilot's own variance and design
+    effect."""
     if np.isnan(row['detectable']):
         raise StatsError('the pilot can show no difference at all: ask more questions first')
     return int(np.ceil(row['n'] * (row['detectable']/abs(difference))**2))

@@ -20,11 +20,9 @@ from .data import data_hash, ensure_data, lesson_rows, load_split
 from .prompts import *
 from .runs import *
 from .lora import LoraConfig, examples, kept_adapter, token_budget
-from .questions import make_tracks
 from .benchmark import split_kind
 from .stats import estimate, holm
-from .replies import asked_lines
-from .curve import MEASURES, at, condition_of, point_metrics, point_values, values_of
+from .curve import asked_in_study, MEASURES, at, condition_of, point_metrics, point_values, values_of
 
 # %% ../nbs/studies/sweep.ipynb #04900009
 FACTORS = { # parameter of the training → in words
@@ -75,7 +73,8 @@ def lora_config(cfg:SweepConfig, factor:str='', value=None) -> LoraConfig:
     told |= {k: float(told[k]) for k in FLOATS if k in told}
     return configure(LoraConfig, told | dict(alpha=2*told['rank'], evals=1))
 
-def sweep_points(cfg:SweepConfig) -> list[tuple]: # (factor, value); ('none', '') without an adapter, ('', '') the default
+# (factor, value); ('none', '') without an adapter, ('', '') the default
+def sweep_points(cfg:SweepConfig) -> list[tuple]:
     "All points, each of them once."
     default = lora_config(cfg)
     changed = [(f, v) for f, some in cfg.factors.items() for v in some if lora_config(cfg, f, v) != default]
@@ -100,8 +99,8 @@ def one_setting(cfg:SweepConfig, tok, asked:dict, name:str, learn:list[dict], po
                'truncated': metric(n['truncated']/n['examples'], 'share'), 'dropped': metric(n['dropped'], 'rows')}
         adapter = str(kept_adapter(lora, dict(train=learn, valid=asked['held'][:4]), path.stem))
     else: adapter = ''
-    values = point_values(cfg, load_model(cfg.model, cfg.precision, adapter or None), tok, asked, told, adapter,
-                          rooted(cfg.out)/'sweep'/path.stem)
+    run = Run(cfg.out, cfg.model, cfg.precision, adapter, cfg.template)
+    values = point_values(cfg, run, asked, told, run.folder/'sweep'/path.stem)
     what = dict(step='sweep', factor=factor, value=value, model=model_name(cfg.model), precision=cfg.precision,
                 adapter=adapter_hash(adapter),
                 data_hash=data_hash(cfg.out), split=split_kind(cfg.out), template=template_id(name), key=key,
@@ -113,10 +112,8 @@ def one_setting(cfg:SweepConfig, tok, asked:dict, name:str, learn:list[dict], po
 def sweep(cfg:SweepConfig, rows:dict) -> list[dict]: # records; rows: train (shuffled), valid, test
     "Train and measure all points; what is there already is kept."
     points, name, folder = sweep_points(cfg), run_template(cfg.out, cfg.template), rooted(cfg.out)/'records'
-    asked = make_tracks(rows['test'], ('speaker', 'voice'), cfg.questions, cfg.options, cfg.seed) | dict(
-        held=rows['valid'][:cfg.loss_rows or None], authors=rows['valid'] + rows['test'],
-        languages={r['character']: r['lang'] for r in rows['valid'] + rows['test']},
-        lines=asked_lines(rows['test'], 0, cfg.reply_lines, cfg.seed) if cfg.reply_lines else [])
+    langs = {r['character']: r['lang'] for r in rows['valid'] + rows['test']}
+    asked = asked_in_study(cfg, rows) | dict(languages=langs)
     tok, out = load_tokenizer(cfg.model), []
     key = content_hash(cfg.model_dump(exclude={'out', 'factors'}), rows, template_id(name),
                        *(package_dir()/f'{m}.py' for m in ('lora', 'training', 'prompts', 'benchmark', 'questions',
@@ -180,7 +177,8 @@ def gain_by_language(records:list[dict], measure:str='loss', told:bool=True,
 
 # %% ../nbs/studies/sweep.ipynb #04900017
 def plot_sweep(records:list[dict], measures=('loss', 'speaker', 'voice')):
-    "What each setting changes against the default, told the persona, with intervals; filled where it holds after correction."
+    """What each setting changes against the default, told the persona, with intervals; filled where it holds after
+    correction."""
     import matplotlib.pyplot as plt
     tables = {m: t for m in measures if len(t := against_default(records, m))}
     first = next(iter(tables.values()))
@@ -192,7 +190,10 @@ def plot_sweep(records:list[dict], measures=('loss', 'speaker', 'voice')):
             ax.plot([r.low, r.high], [y, y], color=COLOURS['both'], lw=1.5)
             ax.plot(r.difference, y, 'o', color=COLOURS['both'], mfc=COLOURS['both'] if r.corrected < .05 else 'white',
                     ms=5)
-        ax.axvline(0, color='gray', lw=1, ls=':'); ax.grid(axis='x', alpha=.25)
-        ax.set(title=f'{m} ({"less" if m == "loss" else "more"} is better)', xlabel=MEASURES[m]); ax.title.set_size(9)
-    np.atleast_1d(axs)[0].set_yticks(range(len(names)), names, fontsize=8); np.atleast_1d(axs)[0].invert_yaxis()
+        ax.axvline(0, color='gray', lw=1, ls=':')
+        ax.grid(axis='x', alpha=.25)
+        ax.set(title=f'{m} ({"less" if m == "loss" else "more"} is better)', xlabel=MEASURES[m])
+        ax.title.set_size(9)
+    np.atleast_1d(axs)[0].set_yticks(range(len(names)), names, fontsize=8)
+    np.atleast_1d(axs)[0].invert_yaxis()
     return fig

@@ -19,7 +19,7 @@ from .data import data_hash, ensure_data, lesson_rows, load_split
 from .prompts import *
 from .runs import *
 from .questions import make_questions, questions_hash, row_id
-from .benchmark import about, accuracy, score_speaker, split_kind, write_lines
+from .benchmark import Asking, about, accuracy, score_speaker, split_kind, write_lines
 from .stats import estimate, holm
 
 # %% ../nbs/studies/templates.ipynb #f1a00008
@@ -52,7 +52,8 @@ def template_questions(rows, # held-out rows
 # %% ../nbs/studies/templates.ipynb #f1a00011
 def score_template(cfg:TemplatesConfig, model, tok, qs:list[dict], name:str, # of the template, or its file
                    rows=() # training rows, for templates with examples
-                  ) -> list[dict]: # id, cluster, lang, answer; nats per token after the line alone (bare), after each persona (token)
+                  # id, cluster, lang, answer; nats per token after the line alone (bare), after each persona (token)
+                  ) -> list[dict]:
     "Each reply's log-likelihood per token with every persona in one template."
     how = drawn_from(find_template(name), rows)
     what = [template_id(name), model_name(cfg.model), cfg.precision, data_hash(cfg.out), cfg.max_reply, cfg.max_context,
@@ -60,8 +61,8 @@ def score_template(cfg:TemplatesConfig, model, tok, qs:list[dict], name:str, # o
     key = content_hash(what, *(package_dir()/f'{m}.py' for m in ('benchmark', 'scoring', 'prompts')))
     path = rooted(cfg.out)/'records'/f'templates-{Path(name).stem}.questions.jsonl'
     def score(done):
-        alone = dict(score_speaker(model, tok, [q | dict(choices=['']) for q in qs], cfg, done, BARE))
-        for k, o in score_speaker(model, tok, qs, cfg, done, how):
+        alone = dict(score_speaker(model, tok, [q | dict(choices=['']) for q in qs], cfg, Asking(BARE, done)))
+        for k, o in score_speaker(model, tok, qs, cfg, Asking(how, done)):
             yield k, about(qs[k]) | dict(bare=round(alone[k]['token'][0], 5), token=np.round(o['token'], 5).tolist())
     return write_lines(path, key, [q['id'] for q in qs], score, Path(name).stem)
 
@@ -97,18 +98,18 @@ def compare_templates(cfg:TemplatesConfig, model, tok, rows:dict) -> list[dict]:
     qs, folder = template_questions(rows['valid'], cfg.questions, cfg.options, cfg.seed), rooted(cfg.out)/'records'
     names = list(dict.fromkeys(['persona', *(cfg.templates or [t for t in TEMPLATES if t != 'bare'])]))
     lines = {t: score_template(cfg, model, tok, qs, t, rows['train']) for t in names}
-    found = {t: template_metrics(o, lines['persona'] if t != 'persona' else None) for t, o in lines.items()}
-    rest = [t for t in names if t != 'persona']
-    for t, p in zip(rest, holm([found[t]['gain over persona p']['value'] for t in rest])):
-        found[t]['gain over persona p'] = metric(float(p), 'p (Holm)', len(qs))
-    best = max(names, key=lambda t: found[t]['gain']['value'])
+    found = {t: template_metrics(lines[t], lines['persona'] if t != 'persona' else None) for t in names}
+    p = 'gain over persona p'
+    for t, corrected in zip(names[1:], holm([found[t][p]['value'] for t in names[1:]])):
+        found[t][p] = metric(float(corrected), 'p (Holm)', len(qs))
+    best, out = max(names, key=lambda t: found[t]['gain']['value']), []
     for f in folder.glob('templates-*.json'): f.unlink() # of an earlier run
-    what = dict(step='templates', model=model_name(cfg.model), precision=cfg.precision, data_hash=data_hash(cfg.out),
+    same = dict(step='templates', model=model_name(cfg.model), precision=cfg.precision, data_hash=data_hash(cfg.out),
                 split=split_kind(cfg.out), questions_hash=questions_hash(qs))
-    def kept(t, m):
-        path, own = folder/f'templates-{Path(t).stem}.json', dict(template=template_id(t), file=t, chosen=t == best)
-        return save_record(path, what | own, m, cfg.model_dump(), path.with_suffix('.questions.jsonl'))
-    return [kept(t, m) for t, m in found.items()]
+    for t, m in found.items():
+        path, what = folder/f'templates-{Path(t).stem}.json', dict(template=template_id(t), file=t, chosen=t == best)
+        out.append(save_record(path, same | what, m, cfg.model_dump(), path.with_suffix('.questions.jsonl')))
+    return out
 
 # %% ../nbs/studies/templates.ipynb #f1a00019
 def template_table(records:list[dict]) -> pd.DataFrame: # one line per template, the largest gain first
@@ -137,7 +138,8 @@ def plot_templates(records:list[dict], ax=None):
             if (m := r['metrics'].get(key)) is None: continue
             ax.plot(m['interval'], [y+shift]*2, color=colour, lw=1.5)
             ax.plot(m['value'], y+shift, 'o', color=colour, mfc=fill, ms=6, label=words if y == 0 else None)
-    ax.axvline(0, color='gray', lw=1, ls=':'); ax.grid(axis='x', alpha=.25)
+    ax.axvline(0, color='gray', lw=1, ls=':')
+    ax.grid(axis='x', alpha=.25)
     ax.set_yticks(range(len(some)), [template_name(r) for r in some])
     ax.set(xlabel='nats per token more than after the line alone', ylim=(-.6, len(some)-.4),
            title=f"What a template adds to the author's replies (n={some[0]['metrics']['gain']['n']:,})")

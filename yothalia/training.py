@@ -31,7 +31,9 @@ def step_batches(n:int, # examples
     "The examples of each step; every epoch has its own order, and the last step of an epoch may have fewer."
     rng, out = np.random.default_rng(seed), []
     steps = math.ceil(math.ceil(n/batch)*epochs)
-    while len(out) < steps: order = rng.permutation(n); out += [order[i:i+batch].tolist() for i in range(0, n, batch)]
+    while len(out) < steps:
+        order = rng.permutation(n)
+        out += [order[i:i+batch].tolist() for i in range(0, n, batch)]
     return out[:steps]
 
 def share_out(batch:list[int], lengths, # of all examples
@@ -40,7 +42,9 @@ def share_out(batch:list[int], lengths, # of all examples
     "A batch spread over processes: the longest first, each to the one with the fewest tokens so far."
     out, loads = [[] for _ in range(processes)], [0]*processes
     for i in sorted(batch, key=lambda i: (-lengths[i], i)):
-        k = loads.index(min(loads)); out[k].append(i); loads[k] += lengths[i]
+        k = loads.index(min(loads))
+        out[k].append(i)
+        loads[k] += lengths[i]
     return out
 
 # %% ../nbs/lora/training.ipynb #02c0000a2
@@ -67,7 +71,8 @@ def shard(model # a PeftModel with bf16 or fp32 weights, in main memory
     spread = {id(p) for l in blocks(model) for p in l.parameters() if not p.requires_grad}
     whole = {p for p in model.parameters() if id(p) not in spread}
     if any(not p.is_floating_point() for p in model.parameters()):
-        raise TrainError('Quantized weights cannot be spread over processes: they are small, so leave them whole, or choose bf16.')
+        raise TrainError('Quantized weights cannot be spread over processes: they are small, so leave them whole, or '
+                         'choose bf16.')
     told = dict(mesh=init_device_mesh(kind, (world()[1],)), ignored_params=whole)
     for l in blocks(model): fully_shard(l, **told)
     fully_shard(inner, **told)
@@ -144,15 +149,18 @@ def pack_tokens(model, # a PeftModel
     "Tokens of a pack: 512 on a CPU; on a GPU four fifths of the memory that is free, as a trial with a thousand shows."
     device = next(p.device for p in model.parameters() if p.requires_grad)
     if device.type != 'cuda': return 512
-    ids = list(range(1000, 1256)); trial = pack_examples([dict(input_ids=ids, labels=ids)]*4).to(device)
-    torch.cuda.reset_peak_memory_stats(device); before = torch.cuda.memory_allocated(device)
+    ids = list(range(1000, 1256))
+    trial = pack_examples([dict(input_ids=ids, labels=ids)]*4).to(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
     try:
         with packed(model): pack_nll(model, trial).sum().backward()
         each = (torch.cuda.max_memory_allocated(device) - before)/1024
     except Exception as e:
         if not out_of_memory(e): raise
         each = math.inf
-    model.zero_grad(set_to_none=False); torch.cuda.empty_cache()
+    model.zero_grad(set_to_none=False)
+    torch.cuda.empty_cache()
     fit = int(.8*torch.cuda.mem_get_info(device)[0]/each)
     return min(most, max(fit, 1024*(fit > 0)))
 
@@ -163,13 +171,17 @@ def recompute(self:Training):
     # the same dropout the second time, where there is any
     told = dict(use_reentrant=False, preserve_rng_state=not self.fused)
     plain(self.model).activation_checkpointing_enable(told)
-    self.model.train(); self.recomputed, self.graphs_fit = True, False
+    self.model.train()
+    self.recomputed, self.graphs_fit = True, False
 
 @patch
 def choose_size(self:Training):
-    "Decide how many tokens a pack has, and whether layers are computed again; the same in all processes that share them."
+    """Decide how many tokens a pack has, and whether layers are computed again; the same in all processes that share
+    them."""
     if self.told.recompute: self.recompute()
-    if self.told.pack_tokens: self.size = self.told.pack_tokens; return
+    if self.told.pack_tokens:
+        self.size = self.told.pack_tokens
+        return
     def measured():
         most = max(sum(self.lengths[i] for i in b) for b in self.batches)
         n = torch.tensor(pack_tokens(self.model, most), device=self.device)
@@ -177,7 +189,8 @@ def choose_size(self:Training):
         return int(n)
     self.size = measured()
     if self.device.type == 'cuda' and self.size < max(self.lengths) and self.told.recompute is None:
-        self.recompute(); self.size = measured() or 1024
+        self.recompute()
+        self.size = measured() or 1024
 
 # %% ../nbs/lora/training.ipynb #02c0000e4
 @patch
@@ -187,10 +200,13 @@ def shrink(self:Training):
     if self.sharded:
         raise TrainError(f'Memory is full with {self.size} tokens at a time: try pack_tokens {self.size//2}.')
     if self.size > min(longest, 256): self.size //= 2
-    elif not self.recomputed and self.told.recompute is None: self.recompute(); self.size = longest
+    elif not self.recomputed and self.told.recompute is None:
+        self.recompute()
+        self.size = longest
     else: raise TrainError(f'Memory is full, even with one conversation of {longest} tokens at a time: '
                            'lower max_tokens, or choose nf4 or a smaller model.')
-    self.sizes = []; self.graphs.clear()
+    self.sizes = []
+    self.graphs.clear()
 
 # %% ../nbs/lora/training.ipynb #02c0000e6
 def padded_pack(p:Packed, tokens:int, examples:int, targets:int, # what it shall have of each
@@ -216,7 +232,8 @@ def graph_sizes(packs:list[tuple[int,int,int]], # tokens, examples, targets of e
         top = math.ceil(left[-1][0]/128)*128
         at = next((i for i, p in enumerate(left) if p[0] > .9*top), 0)
         if at < uses or at >= len(left): at = 0  # the few that are left go into this one
-        sizes.append((top, *(max(p[k] for p in left[at:]) for k in (1, 2)))); left = left[:at]
+        sizes.append((top, *(max(p[k] for p in left[at:]) for k in (1, 2))))
+        left = left[:at]
     return sizes[::-1]
 
 # %% ../nbs/lora/training.ipynb #02c0000e6y
@@ -236,19 +253,23 @@ class Captured:
         keep, work = (training.flat.sum.clone(), training.loss.clone()), lambda: training.there_and_back(self.p,
             self.total)
         beside = torch.cuda.Stream(training.device) if training.stream is None else training.stream
-        training.stream = beside; beside.wait_stream(torch.cuda.current_stream())
+        training.stream = beside
+        beside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(beside), torch.cuda.use_mem_pool(training.pool):
             for _ in range(2): work()
-        torch.cuda.current_stream().wait_stream(beside); torch.cuda.synchronize()
+        torch.cuda.current_stream().wait_stream(beside)
+        torch.cuda.synchronize()
         self.graph = torch.cuda.CUDAGraph()
         with uncollected(), torch.cuda.graph(self.graph, pool=training.pool.id, stream=beside): work()
-        training.flat.sum.copy_(keep[0]); training.loss.copy_(keep[1])
+        training.flat.sum.copy_(keep[0])
+        training.loss.copy_(keep[1])
 
     def __call__(self, p:Packed, total:int):
         "Put another pack of this size in its place, and run."
         for mine, new in zip(vars(self.p).values(), vars(p).values()):
             if torch.is_tensor(mine): mine.copy_(new, non_blocking=True)
-        self.total.fill_(total); self.graph.replay()
+        self.total.fill_(total)
+        self.graph.replay()
 
 # %% ../nbs/lora/training.ipynb #02c0000f
 @patch
@@ -257,7 +278,8 @@ def packs(self:Training, i:int) -> list[Packed]: # of this process
     out = [pack_examples([self.train[k] for k in p]) for p in self.packing(i)]
     most = max(len(self.packing(i, k)) for k in range(self.processes)) if self.sharded else len(out)
     for _ in range(most - len(out)):
-        out.append(pack_examples([min(self.train, key=lambda e: len(e['input_ids']))])); out[-1].weight.zero_()
+        out.append(pack_examples([min(self.train, key=lambda e: len(e['input_ids']))]))
+        out[-1].weight.zero_()
     return out
 
 # %% ../nbs/lora/training.ipynb #02c0000fx
@@ -285,7 +307,8 @@ def there_and_back(self:Training, p:Packed, total): # a pack on the device, targ
     "Forward and backward over a pack; gradients and loss are added to those of the step."
     nll = (pack_nll(self.model, p)*p.weight).sum()
     (nll/total).backward()
-    self.flat.gather(); self.loss.add_(nll.detach())
+    self.flat.gather()
+    self.loss.add_(nll.detach())
 
 # %% ../nbs/lora/training.ipynb #02c0000fw
 @patch
@@ -309,7 +332,9 @@ def learning_rate(self:Training, i:int) -> float:
 @patch
 def take_step(self:Training) -> torch.Tensor: # the norm of the gradient, on the device
     "One step of the optimizer; where memory is full, with smaller packs."
-    i = self.at.step; total = sum(self.targets[k] for k in self.batches[i]); before = self.loss.clone()
+    i = self.at.step
+    total = sum(self.targets[k] for k in self.batches[i])
+    before = self.loss.clone()
     while True:
         try:
             # dropout, the same after an interruption
@@ -318,7 +343,10 @@ def take_step(self:Training) -> torch.Tensor: # the norm of the gradient, on the
             break
         except Exception as e:
             if not out_of_memory(e): raise
-            self.shrink(); self.flat.sum.zero_(); self.flat.grad.zero_(); self.loss.copy_(before)
+            self.shrink()
+            self.flat.sum.zero_()
+            self.flat.grad.zero_()
+            self.loss.copy_(before)
         if self.device.type == 'cuda': torch.cuda.empty_cache()
     if self.processes > 1: torch.distributed.all_reduce(self.flat.sum)
     self.at.step += 1
@@ -330,7 +358,9 @@ def take_step(self:Training) -> torch.Tensor: # the norm of the gradient, on the
 @patch
 def evaluate(self:Training):
     "Measure the held-out loss and remember the best weights; each process takes its share of the examples."
-    if not self.valid: self.best.copy_(self.flat.master); return
+    if not self.valid:
+        self.best.copy_(self.flat.master)
+        return
     # where layers are put together, all compute the same
     mine = self.valid if self.sharded else self.valid[self.rank::self.processes]
     self.model.eval()
@@ -340,7 +370,9 @@ def evaluate(self:Training):
     if self.processes > 1: torch.distributed.all_reduce(both)
     loss = float(both[0]/both[1])
     self.at.log.append(dict(step=self.at.step, eval_loss=loss))
-    if self.at.step and loss < self.at.best[0]: self.at.best = (loss, self.at.step); self.best.copy_(self.flat.master)
+    if self.at.step and loss < self.at.best[0]:
+        self.at.best = (loss, self.at.step)
+        self.best.copy_(self.flat.master)
     first = next(l['eval_loss'] for l in self.at.log if 'eval_loss' in l)
     if not math.isfinite(loss): self.give_up(f'eval_loss is {loss}')
     if loss > first + 1: self.give_up(f'the held-out loss has risen from {first:.2f} to {loss:.2f}')
@@ -349,7 +381,8 @@ def evaluate(self:Training):
 @patch
 def give_up(self:Training, why:str):
     "Say why the training cannot go on."
-    raise TrainError(f'{why} at step {self.at.step}: lower learning_rate (now {self.told.learning_rate:g}); the last whole checkpoint is kept.')
+    raise TrainError(f'{why} at step {self.at.step}: lower learning_rate (now {self.told.learning_rate:g}); the last '
+                     f'whole checkpoint is kept.')
 
 # %% ../nbs/lora/training.ipynb #02c00011y
 @patch
@@ -361,7 +394,8 @@ def note(self:Training, norm:torch.Tensor): # of the gradient
     self.at.log.append(dict(step=self.at.step, loss=(nats + float(both))/targets, grad_norm=float(norm),
                             learning_rate=self.learning_rate(self.at.step-1),
                             tokens=tokens, seconds=round(self.spent(), 3)))
-    self.at.pending = (0., 0, 0, 0); self.loss.zero_()
+    self.at.pending = (0., 0, 0, 0)
+    self.loss.zero_()
     last = self.at.log[-1]
     if not math.isfinite(last['loss']) or not math.isfinite(last['grad_norm']):
         self.give_up(f"loss is {last['loss']}, the gradient's norm {last['grad_norm']}")
@@ -383,7 +417,8 @@ def save(self:Training):
     nats, *rest = self.at.pending
     both = self.loss.clone()
     if self.processes > 1: torch.distributed.all_reduce(both)
-    self.at.pending = (nats + float(both), *rest); self.loss.zero_()
+    self.at.pending = (nats + float(both), *rest)
+    self.loss.zero_()
     if self.rank: return
     with atomic(self.folder/f'checkpoint-{self.at.step}') as new:
         new.mkdir()
@@ -403,7 +438,8 @@ def restore(self:Training) -> int: # the step that was taken up
         if self.rank == 0 and not sealed(p): shutil.rmtree(p)
     if not (last := last_checkpoint(self.folder)): return 0
     state = {k: v.to(self.device) for k, v in load_file(last/'state.safetensors').items()}
-    self.best.copy_(state.pop('best')); self.flat.load(state)
+    self.best.copy_(state.pop('best'))
+    self.flat.load(state)
     kept = json.loads((last/'progress.json').read_text(encoding='utf-8'))
     self.at = Progress(**kept | {k: tuple(kept[k]) for k in ('best', 'pending')})
     return self.at.step
@@ -440,7 +476,9 @@ def spent(self:Training) -> float:
 def aside(self:Training, *jobs):
     "Do something that is not training, and do not count its time."
     if self.device.type == 'cuda': torch.cuda.synchronize(self.device)
-    self.at.seconds = self.spent(); [j() for j in jobs]; self.mark = time.perf_counter()
+    self.at.seconds = self.spent()
+    [j() for j in jobs]
+    self.mark = time.perf_counter()
 
 # %% ../nbs/lora/training.ipynb #02c00016y
 def wait_for_gpu():
@@ -454,7 +492,10 @@ def matmul_rate(n:int=1024, # size of the square matrices
     a, b = (torch.randn(n, n, device=device_info()['device']).to(dtype or arithmetic()) for _ in range(2))
     times = []
     for _ in range(repeats+1):
-        wait_for_gpu(); start = time.perf_counter(); a @ b; wait_for_gpu()
+        wait_for_gpu()
+        start = time.perf_counter()
+        a @ b
+        wait_for_gpu()
         times.append(time.perf_counter()-start)
     return 2*n**3 / min(times[1:])
 
@@ -476,7 +517,8 @@ def forecast(self:Training) -> dict: # steps, tokens; seconds, and bytes on a GP
     try:
         with packed(self.model):
             for _ in range(2):
-                start = time.perf_counter(); self.there_and_back(p, 1.)
+                start = time.perf_counter()
+                self.there_and_back(p, 1.)
                 if self.device.type == 'cuda': torch.cuda.synchronize(self.device)
         out['seconds'] = (time.perf_counter()-start)/p.ids.shape[1]*out['tokens']/self.processes
         if self.device.type == 'cuda': out['bytes'] = torch.cuda.max_memory_allocated(self.device)
@@ -506,7 +548,8 @@ def run(self:Training) -> int: # the step that was taken up
     taken, n = self.restore(), len(self.batches)
     lines, evals = max(1, n//40), max(1, n//max(1, self.told.evals))
     bar = progress(range(taken, n), 'training', n, self.how_it_goes)
-    self.listen(); self.saved = self.mark = time.perf_counter()
+    self.listen()
+    self.saved = self.mark = time.perf_counter()
     work = sum(p.numel() for p in self.model.parameters()) * sum(self.lengths[k] for b in self.batches[taken:]
                                                                  for k in b)
     try:
@@ -517,7 +560,9 @@ def run(self:Training) -> int: # the step that was taken up
     finally: self.listen(False)
     with torch.no_grad(): self.flat.live.copy_(self.best)
     if self.recomputed: plain(self.model).activation_checkpointing_disable()
-    if self.told.fp8: unfuse(self.model); fuse(self.model)  # the weights in eight bits go
+    if self.told.fp8:
+        unfuse(self.model)
+        fuse(self.model)  # the weights in eight bits go
     self.model.eval()
     return taken
 
@@ -525,10 +570,13 @@ def run(self:Training) -> int: # the step that was taken up
 @patch
 def turn(self:Training, n:int, lines:int, evals:int): # steps; how often there is a line in the log, and an evaluation
     "A step, and what comes after it: log, evaluation, checkpoint, or the end."
-    norm = self.take_step(); i = self.at.step
+    norm = self.take_step()
+    i = self.at.step
     done, (stop, save) = i == n, self.wishes()
     if i % lines == 0 or i == 1 or done: self.note(norm)
     if due := i % evals == 0 or done: self.aside(self.evaluate)
-    if due or save or stop: self.aside(self.save); self.saved = time.perf_counter()
+    if due or save or stop:
+        self.aside(self.save)
+        self.saved = time.perf_counter()
     if stop and not done:
         raise KeyboardInterrupt(f'Stopped and saved after step {i} of {n}: run it again, and it goes on.')

@@ -18,7 +18,7 @@ from .models import *
 from .data import data_hash, sample_rows
 from .prompts import CONDITIONS, PERSONA, Template
 from .questions import TRACKS, VIEWS, learned_rule, load_questions, make_questions, questions_hash, views
-from .benchmark import BenchmarkConfig, headline_of, right, score_cloze, split_kind
+from .benchmark import Asking, BenchmarkConfig, headline_of, right, score_cloze, split_kind
 from .stats import StatsError, benchmark_records, estimate
 from .runs import *
 
@@ -44,7 +44,8 @@ def learned_rules(qs:list[dict], folds:int=10, draws:int=5000) -> dict[str,dict]
 def persona_shuffle(lines:list[dict], # per-question lines of a closed track: set, answer, and the score
                     by:str, # the score that decides
                     draws:int=10_000, seed:int=0) -> dict: # observed, mean, low, high, p
-    "Accuracy when the personas of each set change places, against the accuracy as it was: a permutation test (Good 2005)."
+    """Accuracy when the personas of each set change places, against the accuracy as it was: a permutation test (Good
+    2005)."""
     rng, sets = np.random.default_rng(seed), {}
     for o in lines: sets.setdefault(o['set'], []).append((int(np.argmax(o[by])), o['answer']))
     hits = np.zeros(draws)
@@ -70,18 +71,20 @@ def reordered_gap(model, tok, qs:list[dict], # questions of one track
     cfg, gaps, changed = BenchmarkConfig(questions=len(qs)), [], []
     turned = [reorder(q, seed) for q in qs]
     with tempfile.TemporaryDirectory() as box:
-        score = lambda some, name: dict(score_cloze(model, tok, some, cfg, frozenset(), template, (Path(box)/name, '')))
+        score = lambda some, name: dict(score_cloze(model, tok, some, cfg, Asking(template, prior=(Path(box)/name, ''))))
         before, after = score(qs, 'before'), score([q for q, _ in turned], 'after')
     for k, (_, order) in enumerate(turned):
         a, b = np.array(before[k]['sum'])[order], np.array(after[k]['sum'])
-        gaps.append(abs(a-b).max()); changed.append(int(a.argmax() != b.argmax()))
+        gaps.append(abs(a-b).max())
+        changed.append(int(a.argmax() != b.argmax()))
     return {'largest gap after reordering': metric(float(max(gaps)), 'nats', len(qs)),
             'picks changed by reordering': metric(float(np.mean(changed)), 'share', len(qs))}
 
 # %% ../nbs/studies/validity.ipynb #5302fc01
 def split_half(lines:list[dict], # per-question lines
                by:str, # the score that decides
-               draws:int=1000, seed:int=0) -> dict|None: # r, low, high, gap, characters; None with fewer than four characters
+               # r, low, high, gap, characters; None with fewer than four characters
+               draws:int=1000, seed:int=0) -> dict|None:
     "Split-half reliability of the characters' accuracies, and the mean gap between the accuracies of the halves."
     rng, hit = np.random.default_rng(seed), right(lines, by).astype(float)
     who, group = (np.unique([o.get(k, o['id']) for o in lines], return_inverse=True)[1] for k in ('cluster', 'set'))
@@ -93,7 +96,8 @@ def split_half(lines:list[dict], # per-question lines
             1e-9) for s in (0, 1))
         both = (np.bincount(who[side == 0], minlength=n) > 0) & (np.bincount(who[side == 1], minlength=n) > 0)
         if both.sum() > 3 and a[both].std() and b[both].std():
-            r = np.corrcoef(a[both], b[both])[0, 1]; rs.append(2*r/(1+r) if r > -1 else -1)
+            r = np.corrcoef(a[both], b[both])[0, 1]
+            rs.append(2*r/(1+r) if r > -1 else -1)
         gaps.append(abs(hit[side == 0].mean()-hit[side == 1].mean()))
     if not rs: return None
     return dict(r=float(np.median(rs)), low=float(np.quantile(rs, .025)), high=float(np.quantile(rs, .975)),
@@ -158,9 +162,11 @@ def plot_validity(records:list[dict], # of this step
             ax.plot(m['value'], h, 'o', color=colour, ms=4)
             ax.annotate(k, (m['interval'][1], h), xytext=(5, 0), textcoords='offset points', va='center', fontsize=7,
                         color=colour)
-    ax.axvline(.2, color='gray', lw=1, ls=':', zorder=0); ax.set_yticks(range(len(records)),
-                                                                        [r['what']['track'] for r in records])
+    ax.axvline(.2, color='gray', lw=1, ls=':', zorder=0)
+    ax.set_yticks(range(len(records)),
+                  [r['what']['track'] for r in records])
     ax.set(xlim=(-.02, 1.2), xlabel='accuracy, with 95% intervals; dotted: one in five',
-           title='What is known without the character (grey), by its words (brown), by the model'); ax.grid(axis='x', alpha=.2)
+           title='What is known without the character (grey), by its words (brown), by the model')
+    ax.grid(axis='x', alpha=.2)
     ax.set_xticks(np.arange(0, 1.01, .2))
     return ax
