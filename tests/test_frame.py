@@ -1,5 +1,5 @@
 """Notebooks and modules agree, notebooks are clean, and importing is quick."""
-import ast, importlib, json, re, shutil, subprocess, sys
+import ast, importlib, io, json, re, shutil, subprocess, sys, tokenize
 from pathlib import Path
 
 import pytest
@@ -54,6 +54,37 @@ def test_anatomy(path):
         assert '"name": "stderr"' not in out, f'a saved output holds stderr: {source(c)[:60]}'
         assert not re.search(r'"[^"]*(/root/|/home/|/work/|/tmp/)', out), f'a saved output shows a path of a machine: {source(c)[:60]}'
     assert any(c.get('outputs') for c in cs if c['cell_type'] == 'code') or path.name == 'index.ipynb', 'no saved outputs'
+
+
+# What a reader can take in at once. The second number of a pair is what a few still need.
+DENSE, MANY, TALL = {'curve.plot_curve_of': 7}, {'questions.make_questions': 8, 'stats.paired_difference': 8}, {'commands': 29}
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=NAMES)
+def test_air(path):
+    "Lines of 120 columns; an exported cell of 25 lines, a statement a line, and few expressions folded into one."
+    code = [source(c) for c in cells(path) if c['cell_type'] == 'code']
+    wide = [l for s in code for l in s.splitlines() if len(l) > 120]
+    assert not wide, f'over 120 columns: {wide}'
+    for s in code:
+        if not s.startswith('#| export'): continue
+        lines = [l for l in s.splitlines() if l.strip() and not l.lstrip().startswith('#')]
+        assert len(lines) <= TALL.get(path.stem, 25), f'{len(lines)} lines in one cell: {lines[0]}'
+        signs = tokenize.generate_tokens(io.StringIO(s).readline)
+        assert not [t for t in signs if t.type == tokenize.OP and t.string == ';'], f'statements joined by a semicolon: {s[:80]}'
+
+
+@pytest.mark.parametrize('path', sorted((ROOT/'yothalia').glob('[!_]*.py')), ids=lambda p: p.stem)
+def test_functions(path):
+    "At most seven parameters, and five comprehensions, lambdas and conditional expressions."
+    folded = ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.Lambda, ast.IfExp
+    for f in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+        if not isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef)): continue
+        name, a = f'{path.stem}.{f.name}', f.args
+        n = len([p for p in a.posonlyargs + a.args + a.kwonlyargs if p.arg not in ('self', 'cls')])
+        assert n <= MANY.get(name, 7), f'{name} takes {n} parameters: let those that travel together be one object'
+        n = sum(isinstance(x, folded) for x in ast.walk(f))
+        assert n <= DENSE.get(name, 5), f'{name} folds {n} expressions into others: give some a name'
 
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=NAMES)

@@ -53,9 +53,10 @@ def test_papermill_as_the_guide_says(mine):
     "The two lines of the guide train on all rows; a folder without rows, and an unknown name, are one sentence."
     env = os.environ | dict(YOTHALIA_ROOT=str(mine), PYTHONPATH=str(ROOT), PATH=f'{BIN}:{os.environ["PATH"]}', YOTHALIA_PROGRESS='off')
     def sh(line): return subprocess.run(shlex.split(line) + ['--no-progress-bar'], cwd=mine, env=env, capture_output=True, text=True, timeout=900)
-    some = [l for l in lines_of(ROOT/'nbs/guides/papermill.md') if l.startswith('papermill nbs')]
-    assert len(some) == 2
-    astray = sh(some[1].replace('_runs/ghost', '_runs/gohst'))
+    make, *some = [l for l in lines_of(ROOT/'nbs/guides/papermill.md') if l.startswith(('mkdir', 'papermill nbs'))]
+    assert len(some) == 2 and make.startswith('mkdir')
+    subprocess.run(shlex.split(make), cwd=mine, check=True)
+    astray = sh(some[1].replace('-p out _runs/ghost', '-p out _runs/gohst'))
     assert astray.returncode and '_runs/gohst has no rows' in astray.stderr, astray.stderr[-1500:]
     bad = sh(some[0] + ' -p sead 3')
     assert bad.returncode and "did you mean 'seed'" in bad.stderr, bad.stderr[-1500:]

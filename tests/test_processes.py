@@ -30,7 +30,7 @@ from yothalia.data import DataConfig, prepare
 from yothalia.lora import LoraConfig, fit, training_key
 from yothalia.training import TrainError, Training, last_checkpoint
 from yothalia.core import *
-cfg = LoraConfig(out="_runs/{name}", train_rows=6, valid_rows=2, batch=2, evals=3, max_tokens=512)
+cfg = LoraConfig(out="_runs/{name}", train_rows=6, valid_rows=2, epochs=1, batch=2, evals=3, max_tokens=512)
 prepare(DataConfig(out=cfg.out))
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 whole = Training.save
@@ -59,7 +59,7 @@ from yothalia.data import DataConfig, prepare
 from yothalia.lora import LoraConfig, fit
 from yothalia.training import Training
 from yothalia.core import *
-cfg = LoraConfig(out="_runs/{name}", train_rows=10, valid_rows=2, batch=2, evals=1, max_tokens=256)
+cfg = LoraConfig(out="_runs/{name}", train_rows=10, valid_rows=2, epochs=1, batch=2, evals=1, max_tokens=256)
 prepare(DataConfig(out=cfg.out))
 weights = lambda m: {{n: p.detach().clone() for n, p in m.named_parameters() if "lora_" in n}}
 whole = weights(fit(cfg)[0])

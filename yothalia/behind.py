@@ -74,6 +74,7 @@ def take_text(r, piece:str, stops:tuple[str,...]) -> str: # a reply; what is cer
     new, r.sent = r.text[r.sent:sure], max(sure, r.sent)
     return new
 
+# %% ../nbs/chat/behind.ipynb #db96d88c
 @patch
 def begin(self:Behind, r:Request): # a stream of events
     "Ask the engine to continue the prompt."

@@ -16,6 +16,7 @@ import hashlib, json, re
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Literal
 
@@ -30,7 +31,8 @@ from .rows import DataError
 from .data import data_hash, ensure_data, lesson_rows, load_split
 from .prompts import *
 from .runs import *
-from .questions import Pool, TRACKS, TrackName, make_questions, make_tracks, questions_hash, save_questions, save_rules
+from .questions import (Pool, TRACKS, TrackName, make_questions, make_tracks, questions_hash, save_questions,
+                                save_rules)
 from .scoring import Item, plain_scores, road, score_items
 
 # %% ../nbs/04_benchmark.ipynb #d0d15ab2
@@ -149,7 +151,8 @@ def score_once(model, items:list[Item], budget:int, done=frozenset(), # numbers 
                known:dict|None=None # pair → nats, of this model with this adapter; it grows
               ): # yields (number, nats of its choices)
     "Scores of all items; what is known is not read again."
-    known, todo = {} if known is None else known, defaultdict(list)
+    if known is None: known = {}
+    todo = defaultdict(list)
     for k, i in enumerate(items):
         if k in done: continue
         pairs = tuple(pair(i.context, c) for c in i.choices)
@@ -275,7 +278,8 @@ def score_generate(model, tok, qs:list[dict], cfg, job:Asking=Asking()):
     "Yields (number, what was said and how it is read)."
     for k, q in enumerate(qs):
         if k not in job.done:
-            yield k, generated_answer(model, tok, q, job.template is not BARE, temperature=cfg.temperature, seed=cfg.seed)
+            yield k, generated_answer(model, tok, q, job.template is not BARE, temperature=cfg.temperature,
+                                      seed=cfg.seed)
 
 # %% ../nbs/04_benchmark.ipynb #ad6bb7ca
 def accuracy(right # (n,) right or wrong
@@ -375,7 +379,8 @@ def described(cfg:BenchmarkConfig) -> dict:
 def split_kind(out:str|Path) -> str:
     "What the test rows are to whoever learnt from the training rows."
     seen, asked = ({r['character'] for r in read_jsonl(rooted(out)/'data'/f'{p}.jsonl')} for p in ('train', 'test'))
-    return 'unseen lines of known characters' if asked <= seen else 'unseen characters' if not asked & seen else 'known and unseen characters'
+    if asked <= seen: return 'unseen lines of known characters'
+    return 'known and unseen characters' if asked & seen else 'unseen characters'
 
 # %% ../nbs/04_benchmark.ipynb #398afd55y
 def template_of(cfg:BenchmarkConfig, condition:str) -> str:
@@ -453,7 +458,8 @@ def one_record(self:Bench, qs:list[dict], mode:str, condition:str, chosen:dict #
     if mode == 'cloze': what |= chosen
     if mode == 'generate': what |= dict(temperature=cfg.temperature)
     found = summary(lines, mode, chosen['headline']) | spent
-    return save_record(path.with_suffix('').with_suffix('.json'), what, found, cfg.model_dump(), path) | dict(lines=lines)
+    record = save_record(path.with_suffix('').with_suffix('.json'), what, found, cfg.model_dump(), path)
+    return record | dict(lines=lines)
 
 # %% ../nbs/04_benchmark.ipynb #9e95f15d
 def headline_of(record:dict) -> str:
@@ -506,24 +512,27 @@ def _rules_of(got:dict, track:str) -> list[tuple[float, str, str]]: # value, mar
     return ([(rule['value'], 'D', 'rule')] if rule else []) + [(r['metrics']['chance']['value'], '|', 'chance')]
 
 # %% ../nbs/04_benchmark.ipynb #68b4f5a1x
+def _plot_metric(ax, m:dict, height:float, condition:str):
+    ax.plot(m['interval'], [height]*2, color=COLOURS[condition], lw=2, solid_capstyle='round')
+    ax.plot(m['value'], height, 'o', color=COLOURS[condition])
+    ax.annotate(condition, (m['interval'][1], height), xytext=(5, 0), textcoords='offset points', va='center',
+                fontsize=8, color=COLOURS[condition])
+
+# %% ../nbs/04_benchmark.ipynb #e3e13a12
 def plot_accuracy(records:list[dict], ax=None):
     """Accuracy by the headline in each track and mode with Wilson intervals; the rule chosen on held-out rows, and
     chance."""
     import matplotlib.pyplot as plt
     got = defaultdict(dict)
     for r in records: got[r['what']['track'], r['what']['mode']][r['what']['condition']] = r
-    rows = sorted((m for m in got if m[1] in MODES), key=lambda m: (list(TRACKS).index(m[0]),
-                                                                    list(MODES).index(m[1])))[::-1]
+    rows = [m for m in product(TRACKS, MODES) if m in got][::-1]
     ax = ax or plt.subplots(figsize=(8, .8*len(rows)+1), layout='constrained')[1]
     for y, at in enumerate(rows):
         there = [c for c in CONDITIONS if c in got[at]]
         for j, c in enumerate(there):
-            m, h = next(iter(got[at][c]['metrics'].values())), y + .32 - .64*(j+.5)/len(there)
-            ax.plot(m['interval'], [h]*2, color=COLOURS[c], lw=2, solid_capstyle='round')
-            ax.plot(m['value'], h, 'o', color=COLOURS[c])
-            ax.annotate(c, (m['interval'][1], h), xytext=(5, 0), textcoords='offset points', va='center', fontsize=8,
-                        color=COLOURS[c])
-        for x, marker, label in _rules_of(got, at[0]) if at[1] == 'cloze' else []:
+            _plot_metric(ax, next(iter(got[at][c]['metrics'].values())), y + .32 - .64*(j+.5)/len(there), c)
+        if at[1] != 'cloze': continue
+        for x, marker, label in _rules_of(got, at[0]):
             ax.plot(x, y-.4, marker, color='gray', ms=9 if marker == '|' else 5)
             ax.annotate(label, (x, y-.4), xytext=(5, 0), textcoords='offset points', va='center', fontsize=7,
                         color='gray')

@@ -52,18 +52,19 @@ def _checked(data:dict, name:str) -> dict:
     if not data.get('name', '').strip(): raise CardError(f'{name}: the character has no name.')
     return data
 
+# %% ../nbs/data/cards.ipynb #c5a7621a
 def card_of(o, # from JSON
             name:str='the card') -> Card:
     "A card from the object of any version; a `CardError` that says what is wrong with it."
     if not isinstance(o, dict): raise CardError(f'{name} holds a JSON {type(o).__name__} where a card is an object.')
     if str(o.get('spec', '')).startswith('chara_card_v') and isinstance(o.get('data'), dict):
-        version = 3 if o['spec'] == 'chara_card_v3' else 2
+        version = 2 + (o['spec'] == 'chara_card_v3')
         beside = {k: v for k, v in o.items() if k not in ('data', 'spec', 'spec_version', *TEXTS)}
         return Card(_checked(o['data'], name), beside, version)
     flat = {k: o.get(k, o.get(old)) for k, old in OTHER_SPELLINGS.items()} | {'personality': o.get('personality')}
     if not any(flat[k] for k in flat if k != 'name'):
         raise CardError(f'{name} is JSON, but no character card: there is neither spec and data, nor name and '
-                        f'description.')
+                        'description.')
     rest = {k: v for k, v in o.items() if k not in OTHER_SPELLINGS.values()}
     return Card(_checked(rest | {k: v for k, v in flat.items() if v is not None}, name), {}, 1)
 
@@ -164,6 +165,7 @@ def _text_of(kind:bytes, body:bytes, name:str) -> tuple[str,bytes]: # keyword, t
         if d.unconsumed_tail: raise CardError(f'{name}: its text unpacks to more than a card may have.')
     return word.decode('latin-1').lower(), rest
 
+# %% ../nbs/data/cards.ipynb #a66bfca1
 def from_png(b:bytes, name:str='the card') -> Card:
     "The card in a picture; V3 wins where there are both."
     texts = dict(_text_of(k, body, name) for k, body in png_chunks(b, name)
@@ -228,6 +230,7 @@ def from_charx(b:bytes, name:str='the card') -> Card:
     card.files = files
     return card
 
+# %% ../nbs/data/cards.ipynb #f3fa7498
 @patch
 def to_charx(self:Card) -> bytes:
     "The card and its assets as an archive."
@@ -248,6 +251,7 @@ def card_from(b:bytes, # a file's content
         raise CardError(f'{name} is a picture, but no PNG: a card is hidden in PNG only. Download the original.')
     return card_of(parse_json(b, name), name)
 
+# %% ../nbs/data/cards.ipynb #ec13f27c
 def read_card(path:str|Path # .json, .png or .charx
              ) -> Card:
     "A card from a file."
@@ -294,10 +298,10 @@ def fill(text:str, char:str, user:str, # names
          rng=random, place:str='' # where the text stands: what `pick` depends on
         ) -> str:
     "A text with its macros replaced (V3, Curly Braced Syntaxes)."
-    hide = lambda s: s.replace('{', '\ue000').replace('}', '\ue001').replace('<', '\ue002')
+    def hide(s): return s.replace('{', '\ue000').replace('}', '\ue001').replace('<', '\ue002')
     names = {k: hide(v) for k, v in dict(char=char, bot=char, user=user, original=original).items()}
-    unknown = lambda m: '\ue000\ue000' + m[1] + '\ue001\ue001'
-    one = lambda m: unknown(m) if (v := _macro(m[1], names, rng, place)) is None else v
+    def unknown(m): return '\ue000\ue000' + m[1] + '\ue001\ue001'
+    def one(m): return unknown(m) if (v := _macro(m[1], names, rng, place)) is None else v
     for _ in range(20):
         text, n = _MACRO.subn(one, text)
         if not n: break
@@ -451,6 +455,7 @@ def woken(self:Card, messages:list[str], # what was said, the latest last
         if not new or book.get('recursive_scanning') is not True: break
     return awake
 
+# %% ../nbs/data/cards.ipynb #7cbcfa40
 def within_budget(entries:list[Entry], budget:int, count # a function: text → tokens
                  ) -> list[Entry]:
     "The most important entries that fit together."

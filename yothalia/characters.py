@@ -25,11 +25,11 @@ def varied(rows:list[dict], n:int=6) -> list[dict]:
     "Rows whose replies differ most from each other; the first is the one most like all."
     if len(rows) <= n: return list(rows)
     grams = [ngrams(normal(r['reply']), 4) for r in rows]
-    likeness = [sum(jaccard(a, b) for b in grams[:200]) for a in grams]
-    chosen, near = [int(np.argmax(likeness))], np.zeros(len(rows))
+    def likeness(a): return sum(jaccard(a, b) for b in grams[:200])
+    chosen, near = [int(np.argmax(list(map(likeness, grams))))], np.zeros(len(rows))
     while len(chosen) < n:
         near = np.maximum(near, [jaccard(g, grams[chosen[-1]]) for g in grams])
-        left = [k for k in range(len(rows)) if k not in chosen]
+        left = sorted({*range(len(rows))} - {*chosen})
         chosen.append(min(left, key=lambda k: (near[k], -len(grams[k]))))
     return [rows[k] for k in chosen]
 
@@ -46,23 +46,30 @@ _OPENINGS = [re.compile(p, re.I) for p in (
     r'^\W*((hello|hi|hey|good (morning|evening|day|afternoon)|greetings|welcome)\b|你好|您好|早|晚上好|嗨)',
     r'who are you|what is your name|introduce yourself|tell me about yourself|你是谁|您是谁|你叫什么|介绍一下自己')]
 
+def _greeting(rows:list[dict]) -> dict: # a row
+    return next((r for p in _OPENINGS for r in rows if p.search(r['user'])), dict(reply=''))
+
+def _dialogues(rows:list[dict]) -> str:
+    return '\n'.join(f"<START>\n{{{{user}}}}: {r['user']}\n{{{{char}}}}: {r['reply']}" for r in rows)
+
+# %% ../nbs/chat/characters.ipynb #426084a5
 def make_card(rows:list[dict], # of one character
               notes:str='', # for people: what was measured
               more:dict|None=None, # for programs, below extensions/yothalia
               n:int=6 # example dialogues
              ) -> Card:
     "A card for a character, from rows of how it talks."
-    personas = Counter(r['instruction'] for r in rows if r.get('instruction')).most_common(1)
-    persona, who = personas[0][0] if personas else '', rows[0]['character']
+    told = Counter(r['instruction'] for r in rows if r.get('instruction'))
+    [(persona, _)], who = told.most_common(1) or [('', 0)], rows[0]['character']
     rows = [r for r in rows if (r.get('instruction') or '') == persona]  # of one language, where there are two
     alone = [r for r in rows if not r.get('history') and fits_card(r)] or rows
-    hello = next((r for p in _OPENINGS for r in alone if p.search(r['user'])), dict(reply=''))
+    hello = _greeting(alone)
     shown = varied([r for r in alone if r is not hello and len(r['reply']) < 1000] or alone, n)
-    examples = '\n'.join(f"<START>\n{{{{user}}}}: {r['user']}\n{{{{char}}}}: {r['reply']}" for r in shown)
     empty = dict.fromkeys(('personality', 'scenario', 'system_prompt', 'post_history_instructions', 'creator'), '')
     data = empty | dict(name=spoken_name(persona) or who.replace('-', ' ').title(), description=persona,
-                        first_mes=hello['reply'], mes_example=examples, creator_notes=notes, alternate_greetings=[],
-                        group_only_greetings=[], tags=sorted({r['lang'] for r in rows}), character_version='1',
+                        first_mes=hello['reply'], mes_example=_dialogues(shown), creator_notes=notes,
+                        alternate_greetings=[], group_only_greetings=[], character_version='1',
+                        tags=sorted({r['lang'] for r in rows}),
                         extensions={'yothalia': more or {}})
     return card_of(dict(spec='chara_card_v3', spec_version='3.0', data=data))
 

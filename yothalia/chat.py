@@ -11,6 +11,7 @@ __all__ = ['BEFORE', 'ANSWER_IN', 'HELP', 'COMMANDS', 'ChatConfig', 'Voice', 'Tu
 import json, re, time, warnings
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Iterator
 
@@ -176,21 +177,25 @@ def merged_turns(path:list[Turn]) -> list[dict]: # role, text
 
 # %% ../nbs/06_chat.ipynb #07b00019z
 @patch
+def by_card(self:Session, path:list[Turn]) -> str:
+    "What the card says now: its texts filled in, the lore that has come up, and last what shall stand near the end."
+    c = self.who.card
+    def count(t): return len(_ids(self.voice.tok, t))
+    turns = sum(t.role == 'assistant' for t in path)
+    lore = c.found_lore([t.text for t in path], self.user, count, self.context//4, turns, self.greeting)
+    text = c.persona(self.user, lore)
+    if system := c.data.get('system_prompt', '').strip(): text = c.said(system, self.user, original='') + '\n' + text
+    deep = sorted(lore.get('depth', ()), key=lambda d: -d[0])
+    last = c.said(c.data.get('post_history_instructions', ''), self.user)
+    return '\n'.join(filter(None, (text, *(t for _, _, t in deep), last)))
+
+@patch
 def persona(self:Session, lang:str, path:list[Turn]) -> str:
     "What the model is told of the character now: in this language, with the lore that has come up."
     own = self.who.personas.get(lang)
-    text = own if own is not None else next(iter(self.who.personas.values()), '')
-    if (c := self.who.card) is not None:
-        said, count = [t.text for t in path], lambda t: len(_ids(self.voice.tok, t))
-        lore = c.found_lore(said, self.user, count, self.context//4, sum(t.role == 'assistant' for t in path),
-                            self.greeting)
-        text = c.persona(self.user, lore)
-        if system := c.data.get('system_prompt', '').strip(): text = c.said(system, self.user,
-            original='') + '\n' + text
-        late = [t for _, _, t in sorted(lore.get('depth', ()),
-                                        key=lambda d: -d[0])] + [c.said(c.data.get('post_history_instructions', ''),
-                                                                        self.user)]
-        text = '\n'.join(filter(None, (text, *late)))
+    text = own
+    if own is None: text = next(iter(self.who.personas.values()), '')
+    if self.who.card is not None: text = self.by_card(path)
     return text if own is not None or lang not in ANSWER_IN else f'{text}\n{ANSWER_IN[lang]}'
 
 # %% ../nbs/06_chat.ipynb #07b0001a
@@ -357,11 +362,27 @@ def _repr_html_(self:Session, more:str|None=None # what the character is saying 
         mine, tries = t.role == 'user', self.beside(t.id) if t.id else []
         about = f' · try {tries.index(t)+1} of {len(tries)}' if len(tries) > 1 else ''
         about += {1: ' · good', -1: ' · bad', 0: ''}[t.thumb]
-        out.append(_BUBBLE.format(side='flex-end' if mine else 'flex-start', tint='2,158,115' if mine else '1,115,178',
-                                  name=escape(self.user if mine else self.who.name) + about, text=escape(t.text)))
+        who, side, tint = self.who.name, 'flex-start', '1,115,178'
+        if mine: who, side, tint = self.user, 'flex-end', '2,158,115'
+        out.append(_BUBBLE.format(side=side, tint=tint, name=escape(who) + about, text=escape(t.text)))
     return '<div style="max-width:42em">' + ''.join(out) + '</div>'
 
 # %% ../nbs/06_chat.ipynb #07b00043
+def _hear(pieces, show):
+    said = ''
+    for p in pieces: show(said := said + p)
+
+def _tried(act, line, show): # a ValueError is told in the line
+    line.disabled = True
+    try:
+        act()
+        line.placeholder = ''
+    except ValueError as e: line.placeholder = str(e)
+    finally:
+        line.disabled = False
+        show()
+
+# %% ../nbs/06_chat.ipynb #161ebec4
 def chat_cell(s:Session, log:str|Path|None=None # where it is saved after every answer
              ):
     "A chat in the cell: a line to say, and buttons for another answer, a step back, and whether it was good."
@@ -370,29 +391,19 @@ def chat_cell(s:Session, log:str|Path|None=None # where it is saved after every 
     if not s.turns: s.greet()
     view = display(HTML(s._repr_html_()), display_id=True)
     line = Text(placeholder=f'Say something to {s.who.name}, and press Enter', layout=Layout(width='32em'))
-    def hear(pieces, said=''):
-        for p in pieces:
-            said += p
-            view.update(HTML(s._repr_html_(said)))
+    def show(said=None): view.update(HTML(s._repr_html_(said)))
     def do(act):
-        line.disabled = True
-        try:
-            act()
-            line.placeholder = ''
-        except ValueError as e: line.placeholder = str(e)
-        finally:
-            line.disabled = False
-            view.update(HTML(s._repr_html_()))
+        _tried(act, line, show)
         if log and s.turns: s.save(log)
     def say(_):
         text, line.value = line.value, ''
-        do(lambda: hear(s.say(text)))
+        do(lambda: _hear(s.say(text), show))
+    def again(): _hear(s.again(), show)
     def back(): line.value = s.undo()
     with warnings.catch_warnings(): # the newer way would also say what is in the line when one leaves it
         warnings.simplefilter('ignore')
         line.on_submit(say)
-    acts = {'↻ again': lambda: hear(s.again()), '↩ undo': back, 'good': lambda: s.thumb(),
-            'bad': lambda: s.thumb(False)}
+    acts = {'↻ again': again, '↩ undo': back, 'good': s.thumb, 'bad': partial(s.thumb, False)}
     buttons = [Button(description=k, layout=Layout(width='auto')) for k in acts]
     for b, act in zip(buttons, acts.values()): b.on_click(lambda _, act=act: do(act))
     display(HBox([line, *buttons]))
@@ -491,6 +502,7 @@ class TalkConfig(Config):
     summarise: bool = False
     seed: int|None = None
 
+# %% ../nbs/06_chat.ipynb #2c2e7aae
 def run_at(where:str, # a card, an adapter's folder, a run's folder or its name in `_runs`
            talk:TalkConfig) -> tuple[Run, Card|None]:
     "The run that is meant, or a card and a run that holds nothing but a model."
@@ -550,6 +562,7 @@ def talk_lines(talks:list[tuple[str,Session]]) -> list[dict]:
     return [dict(character=s.who.name, condition=c,
                  turns=[dict(role=t.role, text=t.text, ended=t.ended) for t in s.path()]) for c, s in talks]
 
+# %% ../nbs/06_chat.ipynb #ac03604a
 def talk_metrics(lines:list[dict]) -> dict: # name → metric
     "In each condition: how many replies ended by themselves."
     out = {}

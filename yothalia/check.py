@@ -9,6 +9,7 @@ __all__ = ['contents', 'possible_questions', 'track_lines', 'guess_tokens', 'gue
 # %% ../nbs/run/check.ipynb #5db7d5ea
 import re
 from collections import Counter
+from operator import itemgetter
 from pathlib import Path
 
 # %% ../nbs/run/check.ipynb #ff39bdab
@@ -34,12 +35,13 @@ def contents(done:dict # from `label_and_split`
     why = Counter(re.sub(r' of line \d+', '', j.reason) for j in done['rejects'])
     kept = f"{len(rows):,} of {len(rows)+len(done['rejects']):,}"
     return {'rows': f'{kept}, left out: {_most(why)}' if why else kept,
-            'characters': _most(Counter(r['character'] for r in rows)),
-            'languages': _most(Counter(r['lang'] for r in rows)),
+            'characters': _most(Counter(map(itemgetter('character'), rows))),
+            'languages': _most(Counter(map(itemgetter('lang'), rows))),
             'personas': _personas(rows), 'earlier turns': _turns(rows),
             'replies': f'{median:,} characters in the median, 90 of 100 between {low:,} and {high:,}',
             'split': ', '.join(f'{len(done[p]):,} {name}' for p, name in parts.items())}
 
+# %% ../nbs/run/check.ipynb #171b1a66
 def _personas(rows:list[dict]) -> str:
     "How many rows say who the character is, in words."
     n = sum(bool(r['instruction']) for r in rows)
@@ -112,9 +114,8 @@ def cost(done:dict, model:str=EMBEDDED, epochs:float=1) -> str:
     rate, share, device = _rate()
     seconds, need = tokens*epochs*4*n/(rate*share), n*arithmetic().itemsize/1e9 + 2
     imitates = '' if has_bf16() else ' (which has no 16-bit arithmetic: it computes in fp32)'
-    took = f'{seconds:.0f} s' if seconds < 100 else f'{seconds/60:.0f} min' if seconds < 6000 else f'{seconds/3600:.0f} h'
     return (f'training on {len(done["train"]):,} rows, about {tokens/1e3:,.0f} thousand tokens: '
-            f'{took} for one pass on this {device}{imitates}, {need:.1f} GB of memory')
+            f'{duration(seconds)} for one pass on this {device}{imitates}, {need:.1f} GB of memory')
 
 # %% ../nbs/run/check.ipynb #9cc890ed
 def looked_at(cfg:DataConfig) -> dict: # as from `label_and_split`

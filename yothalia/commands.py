@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['app', 'Recipe', 'Parameters', 'Name', 'Steps', 'one_sentence', 'listed', 'takes', 'run', 'show_parameters',
            'first_line', 'check', 'results', 'trained_run', 'export', 'verify', 'push', 'card', 'chat', 'named_values',
-           'serve_config', 'serve', 'submit', 'step', 'status', 'show_status', 'collect', 'fetch', 'site', 'docs']
+           'serve_config', 'key_for', 'serve', 'submit', 'step', 'status', 'show_status', 'collect', 'fetch', 'site',
+           'docs']
 
 # %% ../nbs/run/commands.ipynb #45f27690
 import inspect, json, os
@@ -139,6 +140,7 @@ def trained_run(name:str): # Run
     raise RunError(f'_runs/{name} has no trained adapter: run `yothalia run --name {name}` first, '
                    'or name another run by --name.')
 
+# %% ../nbs/run/commands.ipynb #1f9b7ebc
 @app.command()
 @takes(dict(rows=40, questions=20, url='http://127.0.0.1:8000/v1'),
        rows='held-out rows that each export is asked about; 0 for all',
@@ -180,6 +182,7 @@ def verify(place: Annotated[str, typer.Argument(help="a model's folder, a GGUF f
         console.print(str(verdict), markup=False, highlight=False, soft_wrap=True)
         if not verdict.same: raise typer.Exit(3)
 
+# %% ../nbs/run/commands.ipynb #5e57979a
 @app.command()
 def push(folder: Annotated[str, typer.Argument(help='an export or an adapter')],
          repo: Annotated[str, typer.Argument(help='owner/name at the hub')],
@@ -216,6 +219,15 @@ def card(file: Annotated[str, typer.Argument(help='a card to look at; without on
             place = made.save(to or rooted('_runs')/name/'cards'/f'{file_name(made)}.png')
             console.print(f'card        {tidy(place)}', markup=False, highlight=False, soft_wrap=True)
 
+# %% ../nbs/run/commands.ipynb #f500d9e1
+def _talk(s, user:str, console, place:Path):
+    from yothalia.chat import talk
+    def show(piece):
+        console.file.write(piece)
+        console.file.flush()
+    def tell(text): console.print(text, markup=False, highlight=False)
+    talk(s, lambda: input(f'{user}: '), tell, show, place)
+
 # %% ../nbs/run/commands.ipynb #6d07ecf0
 @app.command()
 @takes(dict(character='', user='User', model='', precision='', adapter='auto', template='auto', preset='lively',
@@ -231,7 +243,7 @@ def chat(where: Annotated[str, typer.Argument(help='a run, a card, or an adapter
          log: Annotated[str, typer.Option(help='a saved talk to go on with')]='', **given):
     "Talk to a character in the terminal."
     with one_sentence() as console:
-        from yothalia.chat import TalkConfig, opened, talk
+        from yothalia.chat import TalkConfig, opened
         from yothalia.models import quiet
         with quiet(): s, place = opened(where, configure(TalkConfig, given))
         if log:
@@ -240,11 +252,7 @@ def chat(where: Annotated[str, typer.Argument(help='a run, a card, or an adapter
         console.print(f'{s.who.name}. /help lists what can be done, Ctrl-D ends.', style='dim')
         try: import readline  # history and editing, where there is a terminal that can
         except ImportError: pass
-        def show(piece):
-            console.file.write(piece)
-            console.file.flush()
-        talk(s, lambda: input(f"{given['user']}: "), lambda t: console.print(t, markup=False, highlight=False), show,
-             place)
+        _talk(s, given['user'], console, place)
         if s.turns: console.print(f'\nSaved as {tidy(place)}: yothalia chat {where} --log {tidy(place)} goes on.',
                                   markup=False, style='dim', soft_wrap=True)
 
@@ -269,6 +277,14 @@ def serve_config(name:str, model:str, precision:str, **given): # ServeConfig
     own = {k: v for k, v in dict(model=model, precision=precision).items() if v}
     return configure(ServeConfig, trained_as(folder) | own | given | dict(out=tidy(folder)))
 
+# %% ../nbs/run/commands.ipynb #85c584f6
+def key_for(host:str) -> str: # of the environment, or none
+    "The key that callers need; a `RunError` where others can reach the server and there is none."
+    key = os.environ.get('YOTHALIA_KEY', '')
+    if key or host in ('127.0.0.1', 'localhost', '::1'): return key
+    raise RunError(f'{host} can be reached by others: set YOTHALIA_KEY in the environment to a long secret, '
+                   'or leave --host out.')
+
 # %% ../nbs/run/commands.ipynb #73f77104
 @app.command()
 @takes(dict(model='', precision='', adapter='auto', adapter_of=[], user='User', places=16, waiting=64, room=2048,
@@ -284,22 +300,19 @@ def serve_config(name:str, model:str, precision:str, **given): # ServeConfig
        engine_adapter='and of the model with the adapter')
 def serve(name: Annotated[str, typer.Argument(help='a run in _runs')]='default',
           card: Annotated[list[str], typer.Option(help='a character card; several by several --card')]=[],
-          host: Annotated[str,
-                          typer.Option(help='where it listens; another than this machine needs YOTHALIA_KEY')]='127.0.0.1',
+          host: Annotated[str, typer.Option(help='where it listens; not here needs YOTHALIA_KEY')]='127.0.0.1',
           port: Annotated[int, typer.Option(min=0, max=65535)]=8000, **given):
     "Serve the characters of a run and of cards: a page in the browser, and OpenAI's API for every other program."
     with one_sentence() as console:
-        key = os.environ.get('YOTHALIA_KEY', '')
-        if host not in ('127.0.0.1', 'localhost', '::1') and not key:
-            raise RunError(f'{host} can be reached by others: set YOTHALIA_KEY in the environment to a long secret, '
-                           'or leave --host out.')
+        key = key_for(host)
         given['adapters'] = named_values(given.pop('adapter_of'))
         cfg = serve_config(name, cards=card, **given)
         from yothalia.models import quiet
         from yothalia.page import page_of
         from yothalia.serve import serve_forever
         with quiet(): page = page_of(cfg)
-        console.print(f'{", ".join(page.stage.who)}: a page at http://{host}:{port}, the API at http://{host}:{port}/v1',
+        at = f'http://{host}:{port}'
+        console.print(f'{", ".join(page.stage.who)}: a page at {at}, the API at {at}/v1',
                       markup=False, highlight=False, soft_wrap=True)
         serve_forever(page.stage, host, port, key, page)
 
@@ -374,10 +387,12 @@ def collect(name: Annotated[str, typer.Argument(help='a run, a grid, or nothing 
         table = collected(folder) if folder.is_dir() else []
         if not len(table):
             raise RunError(f'There are no records below {tidy(folder)} that could be compared: no loss, no score.')
-        shown = table.map(lambda m: str(m) if isinstance(m, dict) else '')
+        def text(m): return str(m) if isinstance(m, dict) else ''
+        def number(m): return m['value'] if isinstance(m, dict) else None
+        shown = table.map(text)
         shown = shown.rename_axis('run') if len(shown) > len(shown.columns) else shown.T.rename_axis('measured')
         show_frame(shown.reset_index(), f'{len(table)} run{"s"*(len(table) > 1)}, with 95% intervals', console)
-        table.map(lambda m: m['value'] if isinstance(m, dict) else None).to_csv(folder/'collected.csv')
+        table.map(number).to_csv(folder/'collected.csv')
         plot_collected(table).savefig(folder/'collected.png', dpi=110)
         for f in ('collected.csv', 'collected.png'): console.print(tidy(folder/f), highlight=False)
 

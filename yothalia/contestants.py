@@ -19,7 +19,8 @@ from fastcore.basics import patch
 from .core import *
 from .core import Config, Field
 from .models import *
-from .benchmark import MODES, BenchmarkConfig, conditions, in_mode, original_prompt, parse_lenient, parse_strict, rotated
+from .benchmark import (MODES, BenchmarkConfig, conditions, in_mode, original_prompt, parse_lenient,
+                                parse_strict, rotated)
 from .questions import TRACKS
 
 # %% ../nbs/benchmark/contestants.ipynb #04a10008
@@ -47,6 +48,7 @@ def check_url(url:str):
         raise ContestantError('base_url must hold no key or password, for it is written into records: put the key '
                               'into YOTHALIA_API_KEY.')
 
+# %% ../nbs/benchmark/contestants.ipynb #b5070f1f
 def key_for(url:str # empty for OpenAI's
            ) -> str:
     "The key from the environment; a `ContestantError` that says which variable is missing."
@@ -147,9 +149,11 @@ def by_logprobs(c:Contestant, prompt:str, n:int) -> list[float]: # log-probabili
     "The numbers among the likeliest first tokens; `NotOffered` if the endpoint shows none."
     got = c.send([dict(role='user', content=f'{prompt}{NUMBER}')], max_tokens=1, temperature=0, seed=c.seed,
                  logprobs=True, top_logprobs=20)
-    shown = (got.logprobs.content or [None])[0] if got.logprobs else None
+    shown = got.logprobs and (got.logprobs.content or [None])[0]
     top = [(t.token.strip(), t.logprob) for t in (shown.top_logprobs or [])] if shown else []
-    found = {k: float(np.logaddexp.reduce(v)) for k in range(n) if (v := [p for t, p in top if t == str(k)])}
+    found = {}
+    for k in range(n):
+        if v := [p for t, p in top if t == str(k)]: found[k] = float(np.logaddexp.reduce(v))
     if not found: raise NotOffered('no log-probabilities of the numbers')
     least = min(p for _, p in top)
     return [found.get(k, least) for k in range(n)]
@@ -218,6 +222,7 @@ def several(self:Contestant, jobs:list, do): # yields (job, what `do` made of it
         finally:
             for f in todo: f.cancel()
 
+# %% ../nbs/benchmark/contestants.ipynb #4742f3b4
 @patch
 def ask_mode(self:Contestant, mode:str, qs:list[dict], cfg, done, told:bool): # yields (number, fields of its line)
     "Ask questions in the mode `letter` or `generate`."
@@ -229,6 +234,7 @@ def ask_mode(self:Contestant, mode:str, qs:list[dict], cfg, done, told:bool): # 
         return fields | dict(used=dict(self.mine.used))
     yield from self.several(left, one)
 
+# %% ../nbs/benchmark/contestants.ipynb #fe69f4d5
 @patch
 def in_words(self:Contestant, q:dict, told:bool, cfg) -> dict: # said, strict, lenient
     "The original's question, and how the answer is read."
@@ -244,12 +250,15 @@ def post_json(url:str, what:dict, timeout:float=120) -> dict:
     key = os.environ.get('YOTHALIA_API_KEY')
     try: got = httpx.post(url, json=what, timeout=timeout, headers={'Authorization': f'Bearer {key}'} if key else {})
     except httpx.HTTPError as e:
-        raise ModelError(f'{url} does not answer ({type(e).__name__}): is the server running, and is the address right?') from None
+        raise ModelError(f'{url} does not answer ({type(e).__name__}): is the server running, and is the address '
+                         'right?') from None
     if got.status_code != 200: raise ModelError(f'{url} answers {got.status_code}: {got.text[:300]}')
     try: return got.json()
     except ValueError:
-        raise ModelError(f'{url} does not answer in JSON, but {got.text[:80]!r}: is this the address of an engine?') from None
+        raise ModelError(f'{url} does not answer in JSON, but {got.text[:80]!r}: is this the address of an '
+                         'engine?') from None
 
+# %% ../nbs/benchmark/contestants.ipynb #86e3073f
 def by_server(url:str, # up to and with /v1
               name:str): # of the model there
     "A `score` that asks a server for the log-probabilities of token ids."
@@ -317,6 +326,7 @@ def contestant(cfg:BenchmarkConfig, tracks:dict[str,list[dict]]) -> tuple[Contes
           + (f", {guess['cost']:.2f} dollars" if guess['cost'] is not None else ''))
     return one, cfg
 
+# %% ../nbs/benchmark/contestants.ipynb #866a61ae
 @patch
 def told(self:Contestant) -> dict: # for a record
     "How it was asked."

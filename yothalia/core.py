@@ -7,7 +7,7 @@ __all__ = ['SECRET', 'is_checkout', 'project_root', 'rooted', 'package_dir', 'ti
            'Config', 'nearest', 'named_in', 'one_of', 'find_recipe', 'refuse_secrets', 'parameters_in', 'configure',
            'CoreConfig', 'seed_everything', 'atomic', 'uncollected', 'write_jsonl', 'read_jsonl', 'content_hash',
            'file_sha256', 'seal', 'sealed', 'has_bf16', 'device_info', 'world', 'stop_asked', 'site_file', 'run_info',
-           'Metric', 'metric', 'save_record', 'load_records', 'record_table', 'progress', 'tell_progress']
+           'Metric', 'metric', 'save_record', 'load_records', 'record_table', 'duration', 'progress', 'tell_progress']
 
 # %% ../nbs/base/core.ipynb #6d0c227c
 import difflib, functools, gc, hashlib, importlib, json, os, platform, random, re, shutil, subprocess
@@ -260,6 +260,7 @@ def _cpu_name() -> str:
     try: return re.search(r'model name\s*:\s*(.+)', Path('/proc/cpuinfo').read_text())[1]
     except (OSError, TypeError): return platform.processor() or platform.machine()
 
+# %% ../nbs/base/core.ipynb #bf3f8749
 @functools.cache
 def has_bf16() -> bool:
     "Whether the device has 16-bit arithmetic; a CPU without imitates it, far more slowly than it computes in fp32."
@@ -367,6 +368,12 @@ def record_table(records:list[dict], # from `load_records`
             lines.append({**what, 'metric':name, 'value':m['value'], 'low':low, 'high':high, 'n':m['n'],
                           'unit':m['unit']})
     return pd.DataFrame(lines).dropna(axis=1, how='all')
+
+# %% ../nbs/base/core.ipynb #17f31af3
+def duration(seconds:float) -> str:
+    "Seconds in words: 42 s, 7 min, 1.5 h."
+    if seconds < 100: return f'{seconds:.0f} s'
+    return f'{seconds/60:.0f} min' if seconds < 6000 else f'{seconds/3600:.1f} h'
 
 # %% ../nbs/base/core.ipynb #796d3d2f
 def progress(items, # an iterable

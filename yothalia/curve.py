@@ -75,6 +75,7 @@ def point_values(cfg, # of the curve or of a sweep
         for o in own_values(cfg, run, asked, c, told, folder): add(o['measure'], c, o, o['value'])
     return out
 
+# %% ../nbs/studies/curve.ipynb #283c782c
 def voice_answers(cfg, run:Run, qs:list[dict], how:Template, folder:Path): # yields (number, whether it was right)
     "Whose reply each question finds, by PMI."
     if not qs: return
@@ -135,7 +136,8 @@ def curve(cfg:CurveConfig, rows:dict) -> list[dict]: # records; rows: train (shu
 # %% ../nbs/studies/curve.ipynb #b8a00037
 def one_point(cfg:CurveConfig, asked:dict, train:list[dict], n:int, rank:int, key:str) -> dict: # a record
     "Train on the first n rows, measure, and write the record."
-    same = {k: getattr(cfg, k) for k in ('out', 'model', 'precision', 'template', 'epochs', 'batch', 'learning_rate', 'seed')}
+    shared = 'out model precision template epochs batch learning_rate seed'
+    same = {k: getattr(cfg, k) for k in shared.split()}
     lora = LoraConfig(rank=max(rank, 1), alpha=2*max(rank, 1), evals=1, **same)
     learn, name, adapter = train[:n], f'curve-{n}-{rank}', ''
     if learn: adapter = str(kept_adapter(lora, dict(train=learn, valid=asked['held'][:4]), name))

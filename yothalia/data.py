@@ -15,6 +15,7 @@ import functools, re, unicodedata
 from collections import Counter, defaultdict
 from dataclasses import asdict
 from itertools import combinations
+from operator import itemgetter
 from pathlib import Path
 from typing import Literal
 
@@ -163,7 +164,7 @@ def mend(instruction:str, # as the file has it
 CLEANING = {'invisible characters': strip_invisible, 'emoji': strip_emoji, 'labels': strip_labels,
          'white space': strip_space}
 
-def cleaned(text:str, steps:dict=CLEANING) -> tuple[str, tuple]: # the clean text, the names of the steps that changed it
+def cleaned(text:str, steps:dict=CLEANING) -> tuple[str, tuple]: # the clean text, which steps changed it
     "Apply cleaning steps to a text."
     by = []
     for name, step in steps.items():
@@ -173,6 +174,7 @@ def cleaned(text:str, steps:dict=CLEANING) -> tuple[str, tuple]: # the clean tex
             text = after
     return text, tuple(by)
 
+# %% ../nbs/01_data.ipynb #ef0c48ca
 def clean_rows(rows:list[dict], # from `read_source`
                steps:dict=CLEANING # name → function from text to text
               ) -> tuple[list[dict], list[Reject], dict]: # rows, rejects, step → number of rows changed
@@ -246,7 +248,7 @@ def near_pairs(texts:list[str], # any texts
     if len(distinct) < 2: return pairs
     sig = np.concatenate([minhash(distinct[i:i+5000]) for i in range(0, len(distinct), 5000)])
     grams = functools.lru_cache(4096)(lambda i: ngrams(distinct[i]))
-    found = {p for p in _candidates(sig)}
+    found = set(_candidates(sig))
     pairs += [tuple(sorted((at[i], at[j]))) for i, j in found if jaccard(grams(i), grams(j)) >= near]
     return sorted(pairs)
 
@@ -257,7 +259,7 @@ def drop_duplicates(rows:list[dict], near:float=0.8 # Jaccard similarity
     said = [' '.join([*(t['text'] for t in r['history'][-2:]), r['user'], r['reply']]) for r in rows]
     later = {}
     for i, j in near_pairs(said, near): later.setdefault(j, i)
-    kind = lambda i, j: '' if normal(rows[i]['reply']) == normal(rows[j]['reply']) else 'near-'
+    def kind(i, j): return '' if normal(rows[i]['reply']) == normal(rows[j]['reply']) else 'near-'
     rejects = [Reject(rows[j]['source'], rows[j]['line'], f"{kind(i, j)}duplicate of line {rows[i]['line']}",
                       rows[j]['reply'][:200]) for j, i in sorted(later.items())]
     return [r for k, r in enumerate(rows) if k not in later], rejects
@@ -327,6 +329,7 @@ def languages(rows:list[dict]) -> list[str]: # BCP-47 tags
         return next(l for l, _ in _identifier().rank(_said(r, k)) if l in there[k])
     return [tag(r, k) for r, k in zip(rows, kinds)]
 
+# %% ../nbs/01_data.ipynb #878ff4e7
 def scripts_of(rows:list[dict]) -> list[str]: # a tag where a row has one
     "The script of each row: of its reply, else its line, else the last earlier turn that has one, else the usual one."
     def kind(r):
@@ -345,7 +348,9 @@ _SAYS = re.compile(r"^(?:(?:(?:please|now),? |i want you to |i'd like you to |le
                    r"(?!in\b|at\b|on\b|about\b|to\b|going\b|not\b|asked\b|given\b|having\b|the following\b)((?:(?:the "
                    r")?(?:Dr|Mr|Mrs|Ms|St|Prof)\. )?[^\n,.;:!?(]{2,80})", re.I)
 _SAYS_ZH = re.compile(r'^(?:请|从现在开始|假设|想象|现在)*(?:你)?(?:就是|是|叫做?|将?要?扮演)(?:一[个位名只])?([^，。；：！？,.\n（(]{1,30})')
-_TAIL = re.compile(r"\s+(?:who|that|which|whose|whom|with|from|in|at|on|for|tasked|living|known|and|during|working|trying|specializing|specialized|specialised|aboard|stranded|sent|tasked|exploring|visiting|giving)\b.*$|\s+\w+ing\s+\S+\s+\S+.*$", re.I)
+_TAIL = re.compile(r"\s+(?:who|that|which|whose|whom|with|from|in|at|on|for|tasked|living|known|and|during|working"
+                   r"|trying|specializing|specialized|specialised|aboard|stranded|sent|exploring|visiting|giving)\b.*$"
+                   r"|\s+\w+ing\s+\S+\s+\S+.*$", re.I)
 
 def spoken_name(persona:str) -> str: # empty if the persona tells none
     "Who the character is, in a few words, from the persona's beginning."
@@ -386,21 +391,25 @@ def _tied(texts:list[str|None], near:float):
     at = [i for i, t in enumerate(texts) if t]
     return [(at[i], at[j]) for i, j in near_pairs([texts[i] for i in at], near)]
 
+# %% ../nbs/01_data.ipynb #8f574484
 def group_rows(rows:list[dict], # labelled rows
                by:str='cluster', # 'character' or 'cluster'
                near:float=0.8) -> np.ndarray: # (n,) group numbers
     "Number the groups of rows that belong on the same side of a split."
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
+    def scene(r): return r['scene'] and (r['source'], r['scene'])
     def line(r): return r['character'] + r['user'] if not r['history'] or telling(r['user']) else None
-    pairs = _tied([r['reply'] if telling(r['reply']) else None for r in rows], near) + _tied(list(map(line, rows)), near)
-    pairs += _alike(rows, lambda r: r['scene'] and (r['source'], r['scene']))
+    pairs = _tied([r['reply'] if telling(r['reply']) else None for r in rows], near)
+    pairs += _tied([line(r) for r in rows], near)
+    pairs += _alike(rows, scene)
     if by == 'character':
         pairs += near_pairs([r['instruction'] or r['character'] for r in rows], near)
-        pairs += _alike(rows, lambda r: r['character'])
+        pairs += _alike(rows, itemgetter('character'))
     i, j = np.array(pairs or [(0, 0)]).T
     return connected_components(coo_matrix((np.ones(len(i)), (i, j)), shape=(len(rows),)*2), directed=False)[1]
 
+# %% ../nbs/01_data.ipynb #5dcaa619
 def _alike(rows, key) -> list[tuple[int,int]]:
     "Each row with the first of those that have the same key."
     first = {}
@@ -462,7 +471,8 @@ def split_rows(rows:list[dict], # labelled rows
     if by == 'auto': by = 'character' if len({r['character'] for r in rows}) >= 50 else 'cluster'
     groups, rng = group_rows(rows, by, near).tolist(), np.random.default_rng(seed)
     size, wanted = Counter(groups), dict(test=test_share*len(rows), valid=valid_share*len(rows))
-    side = _crossed_first(rows, groups, size, wanted['test'], rng) if by == 'cluster' else {}
+    side = {}
+    if by == 'cluster': side = _crossed_first(rows, groups, size, wanted['test'], rng)
     given = sum(size[g] for g in side)
     if left := len(rows) - given:
         shares = dict(test=max(0, (wanted['test']-given)/left), valid=min(1, wanted['valid']/left))
@@ -477,6 +487,7 @@ def split_rows(rows:list[dict], # labelled rows
                         'bring more rows, or another split_by.')
     return out
 
+# %% ../nbs/01_data.ipynb #c0444acb
 def _strata(rows, groups, by:str, taken) -> list[list]: # group numbers, each in the first stratum that has it
     "The groups that are left to deal out, character by character, or all of them together."
     strata, seen = {}, set(taken)

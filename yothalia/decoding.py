@@ -136,7 +136,7 @@ def seat(self:Decoder, prompts:list[list[int]], names:list|None=None # of the ad
     ids, cache = torch.zeros(len(prompts), max(sizes), dtype=torch.long), DynamicCache(config=plain_config(self.model))
     for row, p in zip(ids, prompts): row[:len(p)] = torch.tensor(p)
     mask = (torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]).long() if len(ends) > 1 else None
-    here = lambda t: t if t is None else t.to(self.model.device)
+    def here(t): return t if t is None else t.to(self.model.device)
     with self.dressed(names or [None]*len(prompts)):
         out = self.model(input_ids=here(ids), attention_mask=here(mask), past_key_values=cache, use_cache=True,
                          logits_to_keep=here(torch.tensor([n-1 for n in ends])))
@@ -172,20 +172,22 @@ class Recorded:
         with uncollected(), torch.cuda.graph(graph, pool=self.d.pool): self.work()
         return graph.replay
 
-    def work(self): # leaves (places, vocabulary) logits
-        t, (ids, lengths) = self.d.table, self.now
-        t.rows, t.at, t.upto = self.rows, lengths, self.upto
-        seen = self.tokens <= lengths[:, None]
-        with self.d.dressed(self.worn):
-            self.out = self.d.model(input_ids=ids[:, None], position_ids=lengths[:, None], past_key_values=t,
-                                    attention_mask=seen[:, None, None], use_cache=True).logits[:, -1]
-
     def __call__(self, now:torch.Tensor, names:list # of the adapters that the occupied places wear
                 ) -> torch.Tensor: # (places, vocabulary), until the next step
         self.now.copy_(now)
         if self.worn is not None: self.worn[:len(names)] = self.d.adapters.wear(names).to(self.worn.device)
         self.replay()
         return self.out
+
+# %% ../nbs/chat/decoding.ipynb #5a40da3c
+@patch
+def work(self:Recorded): # leaves (places, vocabulary) logits
+    t, (ids, lengths) = self.d.table, self.now
+    t.rows, t.at, t.upto = self.rows, lengths, self.upto
+    seen = self.tokens <= lengths[:, None]
+    with self.d.dressed(self.worn):
+        self.out = self.d.model(input_ids=ids[:, None], position_ids=lengths[:, None], past_key_values=t,
+                                attention_mask=seen[:, None, None], use_cache=True).logits[:, -1]
 
 # %% ../nbs/chat/decoding.ipynb #02f0001a
 def recorded_size(lengths:list[int], places:int, room:int # how far the occupied places have come; of the table

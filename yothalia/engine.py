@@ -76,7 +76,7 @@ class Engine:
         self.ends = set(ends if isinstance(ends, list) else [ends]) | {tok.eos_token_id}
         self.waiting, self.stopping, self.steps, self.tokens = queue.Queue(waiting), threading.Event(), 0, 0
         self.adapters, many = side_by_side(model), hasattr(model, 'disable_adapter')
-        # the seated, in the order of their places; one table for all, or one each for those with the adapter and without
+        # the seated, in the order of their places; one table for all, or one with the adapter and one without
         self.tables = {on: (Decoder(model, places, room, on, self.adapters), [])
                        for on in ((True, False) if many and not self.adapters else (True,))}
         self.thread = threading.Thread(target=self.run, daemon=True, name='engine')
@@ -84,23 +84,26 @@ class Engine:
 
     def alive(self) -> bool: return self.thread.is_alive()
     def queued(self) -> int: return self.waiting.qsize()
-    def ask(self, r:Request) -> Request:
-        "Put a request into the queue; a `ValueError` if it can't be answered, `queue.Full` if too many wait."
-        if self.stopping.is_set(): raise ValueError('the engine has stopped')
-        if not r.prompt: raise ValueError('there is no prompt')
-        if isinstance(r.on, str) and not self.adapters: raise ValueError(f'there is no adapter {r.on!r}')
-        if self.adapters: self.adapters.wear([r.on])
-        if len(r.prompt) + 1 > self.room:
-            raise ValueError(f'the prompt has {len(r.prompt):,} tokens, and a place holds {self.room:,}')
-        r.sampling.max_tokens = min(r.sampling.max_tokens, self.room - len(r.prompt))
-        if r.sampling.seed is not None: r.draw = torch.Generator().manual_seed(r.sampling.seed)
-        self.waiting.put_nowait(r)
-        return r
 
     def stop(self, seconds:float=10):
         "No more requests; who is being answered has some seconds to be finished."
         self.stopping.set()
         self.thread.join(seconds)
+
+# %% ../nbs/chat/engine.ipynb #8845292d
+@patch
+def ask(self:Engine, r:Request) -> Request:
+    "Put a request into the queue; a `ValueError` if it can't be answered, `queue.Full` if too many wait."
+    if self.stopping.is_set(): raise ValueError('the engine has stopped')
+    if not r.prompt: raise ValueError('there is no prompt')
+    if isinstance(r.on, str) and not self.adapters: raise ValueError(f'there is no adapter {r.on!r}')
+    if self.adapters: self.adapters.wear([r.on])
+    if len(r.prompt) + 1 > self.room:
+        raise ValueError(f'the prompt has {len(r.prompt):,} tokens, and a place holds {self.room:,}')
+    r.sampling.max_tokens = min(r.sampling.max_tokens, self.room - len(r.prompt))
+    if r.sampling.seed is not None: r.draw = torch.Generator().manual_seed(r.sampling.seed)
+    self.waiting.put_nowait(r)
+    return r
 
 # %% ../nbs/chat/engine.ipynb #07c00013
 @patch
@@ -115,6 +118,7 @@ def newcomers(self:Engine, busy:bool, most:int=1024 # whether somebody is being 
         else: out.append(r)
     return out
 
+# %% ../nbs/chat/engine.ipynb #c39fe2ff
 @patch
 def seat(self:Engine, on:bool, those:list[Request]):
     "Read newcomers' prompts in one pass, and draw a first token for each."
@@ -173,6 +177,7 @@ def let_in(self:Engine, on:bool, those:list[Request]):
         except Exception: those = [r for r in those if r not in self.tables[on][1] and not r.ended]
     for r in those: self.attempt(lambda: self.seat(on, [r]), [r])
 
+# %% ../nbs/chat/engine.ipynb #373a92e8
 @patch
 def attempt(self:Engine, what, those:list[Request], on:bool|None=None):
     "Do something for some requests; what goes wrong is told to them."

@@ -110,8 +110,10 @@ def chat_marks(tok # a tokenizer with a chat template
     long = render(dict(instruction=s, user=v, reply='', history=[dict(role='user', text=u),
                                                                  dict(role='assistant', text=a)]), tok)[0]
     m, n = re.fullmatch(f'(?s)(.*){s}(.*){u}(.*)', told), re.fullmatch(f'(?s)(.*){u}(.*)', bare)
-    l = m and re.fullmatch(f'(?s){re.escape(m[1])}{s}{re.escape(m[2])}{u}{re.escape(m[3])}(.*){a}(.*){v}{re.escape(m[3])}', long)
-    if not (m and n and l and m[3] == n[2]):
+    if m:
+        a1, b1, c1 = (re.escape(m[k]) for k in (1, 2, 3))
+        l = re.fullmatch(f'(?s){a1}{s}{b1}{u}{c1}(.*){a}(.*){v}{c1}', long)
+    if not (m and l and n and m[3] == n[2]):
         raise ModelError(f'{tok.name_or_path}: its chat template does more than put texts between marks, so it cannot '
                          f'be written for Ollama')
     ends = [t for t in tok.all_special_tokens if l[2].strip().startswith(t)] or [tok.eos_token]
@@ -170,7 +172,8 @@ def go_render(template:str, msgs:list[dict]) -> str: # role, content
 MODEL_CARD = '''
 # {name}
 
-A language model that plays {who}, fine-tuned and measured by [Yothalia](https://github.com/yothalia/yothalia) from {rows} rows in {languages}; base model `{base}`.
+A language model that plays {who}, fine-tuned and measured by [Yothalia](https://github.com/yothalia/yothalia) \
+from {rows} rows in {languages}; base model `{base}`.
 
 ## Is this what was tested?
 
@@ -186,7 +189,8 @@ The persona goes into the system turn; the chat template comes with the tokenize
 
 ## Limits
 
-It says what its rows taught it and makes up the rest. The figures hold for the held-out rows of this run ({split}), not for other characters or longer conversations.
+It says what its rows taught it and makes up the rest. The figures hold for the held-out rows of this run ({split}), \
+not for other characters or longer conversations.
 '''
 
 # %% ../nbs/run/export.ipynb #05a00044
@@ -211,18 +215,19 @@ def model_card(cfg:ExportConfig, verdict:dict|None=None, # its record, from `sav
     from huggingface_hub import ModelCardData
     folder, train = rooted(cfg.out), load_split(cfg.out, 'train')
     languages, names = sorted(set(train['lang'])), [n for n, _ in Counter(train['character']).most_common()]
-    who = names[0] if len(names) == 1 else f'{len(names)} characters ({", ".join(names[:12])}{", …"*(len(names) > 12)})'
+    who = short = names[0]
+    if len(names) > 1:
+        who, short = f'{len(names)} characters ({", ".join(names[:12])}{", …"*(len(names) > 12)})', 'characters'
     every = load_records(folder/'records')
-    name = name or f'{names[0] if len(names) == 1 else "characters"}-{cfg.model.split("/")[-1]}'
+    name = name or f'{short}-{cfg.model.split("/")[-1]}'
     head = ModelCardData(base_model=model_name(cfg.model), language=[l.split('-')[0] for l in languages],
                          tags=['role-play', 'lora', 'yothalia'], pipeline_tag='text-generation',
                          library_name='transformers', model_name=name, eval_results=results_of(every) or None)
-    checks = '\n'.join(f"- {k}: {c['said']}"
-                       for k, c in verdict['what']['checks'].items()) if verdict else ('It was not checked (`yothalia '
-                                                                                       'verify`).')
+    checks = 'It was not checked (`yothalia verify`).'
+    if verdict: checks = '\n'.join(f"- {k}: {c['said']}" for k, c in verdict['what']['checks'].items())
     said = '\n'.join(f'- {s}' for s in findings(folder)) or 'No benchmark was run.'
-    return f'---\n{head.to_yaml()}\n---\n' + MODEL_CARD.format(name=name, who=who, rows=len(train),
-                                                         languages=', '.join(languages), base=model_name(cfg.model),
+    return f'---\n{head.to_yaml()}\n---\n' + MODEL_CARD.format(
+        name=name, who=who, rows=len(train), languages=', '.join(languages), base=model_name(cfg.model),
         verdict=checks, findings=said, split=split_kind(cfg.out),
         said=f'It was told by the prompt template `{run_template(cfg.out, cfg.template)}`.')
 
@@ -292,9 +297,11 @@ def card_of_run(run:Run, character:str='', # else the one with the most training
     return card
 
 # %% ../nbs/run/export.ipynb #f7e00004
-HOW = '''SillyTavern: API Connections > Chat Completion > Custom (OpenAI-compatible); import a .json under AI Response Configuration, and the .png as a character.
+HOW = '''SillyTavern: API Connections > Chat Completion > Custom (OpenAI-compatible); \
+import a .json under AI Response Configuration, and the .png as a character.
 Open-LLM-VTuber: put a .yaml into its folder characters, and choose it in the settings.
-Both talk to the server that `yothalia serve` starts. Where it asks for a key, put that key into the program, not into these files.
+Both talk to the server that `yothalia serve` starts. Where it asks for a key, put that key into the program, not \
+into these files.
 '''
 
 def write_frontends(out:str|Path, # the run's folder

@@ -153,19 +153,23 @@ def in_fp8(model): # a PeftModel with frozen weights in bf16
     return lambda whole: _Frozen8(whole, seen)
 
 # %% ../nbs/lora/fused.ipynb #02b00012
+def _trainable(model) -> list[tuple]: # (name, parameter); those of the B matrices last
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    return sorted(named, key=lambda o: ('lora_B' in o[0], o[0]))
+
 class Flat:
     "All numbers of an adapter in one tensor, with AdamW on a master copy in fp32."
     def __init__(self, model, # a PeftModel
                  ratio:float=1., # learning rate of the B matrices over that of the others (LoRA+, Hayou et al. 2024)
                  master:bool=True # else the matrices themselves are stepped
                 ):
-        named = sorted(((n, p) for n, p in model.named_parameters() if p.requires_grad),
-                       key=lambda o: ('lora_B' in o[0], o[0]))
-        self.names, self.parts = [n for n, _ in named], [p for _, p in named]
+        named = _trainable(model)
+        self.names, self.parts = map(list, zip(*named))
         dtype = next(p.dtype for n, p in model.named_parameters() if not p.requires_grad and p.is_floating_point())
         self.live = torch.cat([p.detach().flatten().to(dtype) for p in self.parts])
         self.grad, self.sum = torch.zeros_like(self.live), torch.zeros_like(self.live, dtype=torch.float32)
-        self.master = self.live.float() if master and dtype != torch.float32 else self.live  # float() copies
+        self.master = self.live
+        if master and dtype != torch.float32: self.master = self.live.float()  # a copy
         for p, v, g in zip(self.parts, self._views(self.live), self._views(self.grad)): p.data, p.grad = v, g
         split, total = sum(p.numel() for n, p in named if 'lora_B' not in n), len(self.live)
         self.groups = [torch.nn.Parameter(self.master[a:b]) for a, b in ((0, split), (split, total)) if b > a]
@@ -232,7 +236,8 @@ def liger(model, # a PeftModel
     "Use Liger's kernels while the context lasts, where they are installed, fit, and pay; yields whether they do."
     inner, on = model.get_base_model(), False
     if next(model.parameters()).is_cuda and work >= WORTH_LIGER and importlib.util.find_spec('liger_kernel'):
-        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as known, _apply_liger_kernel_to_instance
+        from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as known
         on = inner.config.model_type in known
     of = sys.modules[type(inner).__module__]
     before = dict(vars(of))

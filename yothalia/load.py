@@ -72,11 +72,17 @@ def server_command(server:ServerName, cfg:LoadConfig, port:int) -> tuple[list[st
             '127.0.0.1',
             *(['--continuous-batching'] if server.endswith('batched') else [])], place
 
+# %% ../nbs/studies/load.ipynb #87fe2f80
 @contextmanager
+def _answers(port:int) -> bool:
+    import httpx
+    try: return httpx.get(f'http://127.0.0.1:{port}/health', timeout=2).is_success
+    except httpx.HTTPError: return False
+
+# %% ../nbs/studies/load.ipynb #2396bf84
 def started(server:ServerName, cfg:LoadConfig, seconds:float=180 # that it may take
            ): # yields (url, name of the model)
     "A server that answers, as long as the context lasts."
-    import httpx
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
@@ -84,11 +90,7 @@ def started(server:ServerName, cfg:LoadConfig, seconds:float=180 # that it may t
     p, end = subprocess.Popen(cmd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
                               cwd=project_root()), time.monotonic()+seconds
     try:
-        while True:
-            try:
-                httpx.get(f'http://127.0.0.1:{port}/health', timeout=2).raise_for_status()
-                break
-            except httpx.HTTPError: pass
+        while not _answers(port):
             if p.poll() is not None:
                 raise RuntimeError(f'{server} could not be started: '
                                    f'{(p.stderr.read().strip().splitlines() or ["no reason given"])[-1]}')

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['MIN_REPLY', 'ADAPTER_CARD', 'MEASURED', 'LoraConfig', 'example', 'target_runs', 'check_labels', 'token_budget',
            'examples', 'remarks', 'harm', 'check_apart', 'loss_metric', 'reply_loss', 'add_lora', 'moved',
-           'training_key', 'rows_of', 'fit', 'before_it_starts', 'told', 'finished', 'plot_curve', 'adapter_card',
-           'save_adapter', 'save_spread', 'kept_adapter', 'condition_losses', 'loss_table', 'gains', 'before_after',
-           'merge', 'training_speed', 'plot_gains', 'best_known', 'save_training']
+           'training_key', 'rows_of', 'went', 'fit', 'before_it_starts', 'told', 'finished', 'plot_curve',
+           'adapter_card', 'save_adapter', 'save_spread', 'kept_adapter', 'condition_losses', 'loss_table', 'gains',
+           'before_after', 'merge', 'training_speed', 'plot_gains', 'best_known', 'save_training']
 
 # %% ../nbs/02_lora.ipynb #6456a6e1
 import json, math, shutil
@@ -104,6 +104,7 @@ def token_budget(rows, tok, template:Template=PERSONA) -> int:
     need = max(min(np.percentile(whole or alone, 95), 2048), min(np.percentile(alone, 95), 4096), 256)
     return int(math.ceil(need/64)*64)
 
+# %% ../nbs/02_lora.ipynb #876be533
 def examples(rows, tok, # rows and the model's tokenizer
              max_tokens:int=512, persona_share:float=0.5, seed:int=0,
              template:Template=PERSONA # for the share that is told the persona
@@ -137,6 +138,7 @@ def remarks(counts:dict # of `fit`: train, budget
                    f"{counts['budget']} tokens: raise max_tokens")
     return out
 
+# %% ../nbs/02_lora.ipynb #cc5e5e64
 def harm(log:list[dict] # of a training
         ) -> list[str]: # a sentence, or none
     "What to say of a training after which the held-out rows are less likely than before."
@@ -200,6 +202,13 @@ def rows_of(cfg:LoraConfig) -> dict[str,list[dict]]: # train, valid
     return {p: list(r.select(range(min(n or len(r), len(r)))))
             for (p, r), n in zip(rows.items(), (cfg.train_rows, cfg.valid_rows))}
 
+# %% ../nbs/02_lora.ipynb #5df7ebd4
+def went(training:Training) -> dict:
+    "How a training went: its steps, and what made them fast or small."
+    return dict(done=training.at.step, pack_tokens=training.size, graphs=len(training.graphs), liger=training.liger,
+                recomputed=training.recomputed)
+
+# %% ../nbs/02_lora.ipynb #24068dc0
 def fit(cfg:LoraConfig, # checked parameters
         given:dict|None=None # rows to train on and to watch, if not those of the run
        ) -> tuple: # the trained PeftModel, the log (a list of dicts), and counts
@@ -221,8 +230,7 @@ def fit(cfg:LoraConfig, # checked parameters
     training = Training(model, sets['train'], sets['valid'], told(cfg), folder)
     if not given: counts['forecast'] = before_it_starts(training, remarks(counts))
     taken_up = finished(training)
-    counts['steps'] = dict(taken_up=taken_up, done=training.at.step, pack_tokens=training.size,
-                           graphs=len(training.graphs), liger=training.liger, recomputed=training.recomputed)
+    counts['steps'] = dict(taken_up=taken_up) | went(training)
     model.config.use_cache = True
     if not given and not training.rank: print(*harm(training.at.log), end='')
     return model.eval(), training.at.log, counts
@@ -232,13 +240,11 @@ def before_it_starts(training:Training, remarks:list[str]) -> dict: # from `Trai
     "Say what the training will take and what is odd about its examples; the first of several processes does."
     guess = training.forecast()
     if training.rank: return guess
-    took = f", about {_span(guess['seconds'])}" if 'seconds' in guess else ''
+    took = f", about {duration(guess['seconds'])}" if 'seconds' in guess else ''
     memory = f", {guess['bytes']/1e9:.1f} GB" if 'bytes' in guess else ''
     print(f"{guess['steps']:,} steps over {guess['tokens']:,} tokens{took}{memory}")
     for r in remarks: print(r)
     return guess
-
-def _span(seconds:float) -> str: return f'{seconds:.0f} s' if seconds < 100 else f'{seconds/60:.0f} min' if seconds < 6000 else f'{seconds/3600:.1f} h'
 
 # %% ../nbs/02_lora.ipynb #42b96acd
 def told(cfg:LoraConfig) -> Told:
@@ -256,7 +262,8 @@ def finished(training:Training) -> int: # the step that was taken up
         last, folder = last_checkpoint(training.folder), training.folder
         raise TrainError(f'The disk is full: a checkpoint could not be written '
                          f'({shutil.disk_usage(folder).free/1e9:.1f} GB free at {tidy(folder)}). '
-                         f'Free some space and run again: it goes on from {last.name if last else "the beginning"}.') from e
+                         f'Free some space and run again: it goes on from '
+                         f'{last.name if last else "the beginning"}.') from e
 
 # %% ../nbs/02_lora.ipynb #868d115d
 def plot_curve(log:list[dict], # of a training
@@ -307,7 +314,8 @@ def adapter_card(cfg:LoraConfig, counts:dict, losses:dict[str,dict]|None) -> str
         before, after = ('prompt', 'both') if 'both' in losses else ('base', 'lora')
         measured = MEASURED.format(before=losses[before]['value'], after=losses[after]['value'],
                                    persona=', with persona'*('both' in losses))
-    return ADAPTER_CARD.format(base=model_name(cfg.model), languages=', '.join(sorted(set(rows['lang']))), measured=measured,
+    return ADAPTER_CARD.format(
+                       base=model_name(cfg.model), languages=', '.join(sorted(set(rows['lang']))), measured=measured,
                        rows=counts['train']['rows'], targets=counts['train']['targets'],
                        characters=names[0] if len(names) == 1 else f'{len(names)} characters',
                        data=', '.join(sorted(set(rows['source']))),
@@ -445,7 +453,7 @@ def best_known(rows:list[dict], tok) -> list[dict]:
     "The rows of the character with the most of them, in the language that the tokenizer writes with the fewest tokens."
     def bytes_per_token(lang):
         said = [r['reply'] for r in rows if r['lang'] == lang]
-        return sum(len(t.encode()) for t in said) / sum(len(tok(t)['input_ids']) for t in said)
+        return len(''.join(said).encode()) / sum(len(tok(t)['input_ids']) for t in said)
     lang = max(sorted({r['lang'] for r in rows}), key=bytes_per_token)
     who = Counter(r['character'] for r in rows if r['lang'] == lang).most_common(1)[0][0]
     return [r for r in rows if (r['character'], r['lang']) == (who, lang)]

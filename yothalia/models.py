@@ -429,6 +429,7 @@ def continued(model, tok, prompts, # rendered texts, or the ids of each
         out = model.generate(**given, max_new_tokens=max_new_tokens, pad_token_id=tok.pad_token_id, **GREEDY | how)
     return out[:, given['input_ids'].shape[1]:]
 
+# %% ../nbs/base/models.ipynb #6592bffd
 def speak(model, tok, # a model and its tokenizer
           prompt:str, # rendered text, special tokens included
           max_new_tokens:int=128, **how) -> str: # the reply, without special tokens

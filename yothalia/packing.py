@@ -62,11 +62,11 @@ def pack_examples(items:list[dict] # examples: input_ids, labels
     sizes = [len(e['input_ids']) for e in items]
     ends = np.cumsum([0] + sizes)
     of = [np.flatnonzero(np.asarray(e['labels'])[1:] != -100) for e in items]  # nothing comes before the first token
-    cat = lambda parts, dtype=np.int64: torch.from_numpy(np.concatenate(parts).astype(dtype))
-    return Packed(ids=cat([e['input_ids'] for e in items])[None], positions=cat([np.arange(n) for n in sizes])[None],
+    def cat(parts): return torch.from_numpy(np.concatenate(parts).astype(np.int64))
+    return Packed(ids=cat([e['input_ids'] for e in items])[None], positions=cat(list(map(np.arange, sizes)))[None],
                   starts=torch.from_numpy(ends.astype(np.int32)), at=cat([a+s for a, s in zip(of, ends)]),
                   targets=cat([np.asarray(e['labels'])[a+1] for a, e in zip(of, items)]),
-                  row=cat([np.full(len(a), i) for i, a in enumerate(of)]),
+                  row=torch.from_numpy(np.repeat(np.arange(len(of)), list(map(len, of)))),
                   weight=torch.ones(sum(map(len, of))), bounds=ends.tolist(), longest=max(sizes))
 
 # %% ../nbs/lora/packing.ipynb #02a00011
@@ -86,9 +86,10 @@ def _varlen(q, k, v, starts, longest, scale): # (1, heads, tokens, size) each
 
 # %% ../nbs/lora/packing.ipynb #02a00011y
 def packed_attention(module, query, key, value, attention_mask=None, # (1, heads, tokens, size); no mask
-                     scaling:float|None=None, dropout:float=0., pack:Packed|None=None, **kw
+                     scaling:float|None=None, dropout:float=0., **kw # pack: a Packed
                     ) -> tuple: # (1, tokens, heads, size), None
     "Attention of each example of a pack to itself; registered with transformers as 'packed'."
+    pack = kw['pack']
     if flash_fits(query) and not dropout:
         return _varlen(query, key, value, pack.starts, pack.longest, scaling), None
     return _segments(query, key, value, pack.bounds, scale=scaling, dropout_p=dropout), None

@@ -34,7 +34,8 @@ def static(name:str) -> str:
 
 # %% ../nbs/chat/page.ipynb #07f00011
 # condition → in words
-CONDITION_WORDS = {'base': 'the model alone', 'prompt': 'told the persona', 'lora': 'fine-tuned', 'both': 'told and fine-tuned'}
+CONDITION_WORDS = {'base': 'the model alone', 'prompt': 'told the persona', 'lora': 'fine-tuned',
+                   'both': 'told and fine-tuned'}
 
 class Page:
     "The page of a stage, and what people choose on it."
@@ -49,13 +50,14 @@ def conditions(self:Page) -> list[str]:
     every = {c for name in self.stage.who for c in self.stage.conditions(name)}
     return [c for c in CONDITION_WORDS if c in every][::-1]
 
+# %% ../nbs/chat/page.ipynb #266368ae
 @patch
 async def who(self:Page, request) -> JSONResponse:
     "Who can be talked to, and in which versions."
     def one(id, c):
         greeting = next((g[0] for g in c.greetings.values() if g), '')
-        return dict(id=id, name=c.name, greeting=greeting,
-                    picture=f'page/picture/{id}', conditions=[(v, CONDITION_WORDS[v]) for v in self.stage.conditions(id)])
+        return dict(id=id, name=c.name, greeting=greeting, picture=f'page/picture/{id}',
+                    conditions=[(v, CONDITION_WORDS[v]) for v in self.stage.conditions(id)])
     return JSONResponse(dict(characters=[one(id, c) for id, c in self.stage.who.items()]))
 
 @patch
@@ -81,6 +83,7 @@ async def duel(self:Page, request) -> JSONResponse:
         for s in 'ab': self.stage.aliases.pop(f'{old}.{s}', None)
     return JSONResponse(dict(id=id))
 
+# %% ../nbs/chat/page.ipynb #bcc20545
 @patch
 async def pick(self:Page, request) -> JSONResponse:
     "Write down which was better, and tell who was who."
@@ -98,7 +101,8 @@ async def pick(self:Page, request) -> JSONResponse:
     with self.picks.open('a', encoding='utf-8') as f: f.write(json.dumps(line, ensure_ascii=False) + '\n')
     lines = read_jsonl(self.picks)
     save_picks(self.out, lines, self.what)
-    chosen = CONDITION_WORDS[order[o['choice'] == 'b']] + (f' and {CONDITION_WORDS[order[1]]}' if o['choice'] == 'tie' else '')
+    which = order if o['choice'] == 'tie' else [order[o['choice'] == 'b']]
+    chosen = ' and '.join(CONDITION_WORDS[c] for c in which)
     return JSONResponse(dict(a=order[0], b=order[1], chosen=chosen, tally=tally(lines, *order)))
 
 # %% ../nbs/chat/page.ipynb #07f00014

@@ -58,8 +58,8 @@ class Template(Config):
 # %% ../nbs/data/prompts.ipynb #e1a00003
 _RULES = {'en': """{persona}
 
-Stay in this role whatever is said. Answer as this character would: with its knowledge, its opinions, its way of talking. \
-Never mention that you are a model or an assistant. Say only what the character says, and keep it short.""",
+Stay in this role whatever is said. Answer as this character would: with its knowledge, its opinions, its way of \
+talking. Never mention that you are a model or an assistant. Say only what the character says, and keep it short.""",
           'zh': """{persona}
 
 无论对方说什么，都不要离开这个角色。用这个角色的见识、看法和口吻回答。\
@@ -99,7 +99,8 @@ def find_template(name:str # a key of `TEMPLATES`, or a YAML file with the field
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise DataError(f'{path.name} is not YAML: {str(e).splitlines()[0]}') from None
     if not isinstance(given, dict):
-        raise DataError(f'{path.name} must hold fields like about and system, one per line, as in "system: {{persona}}"')
+        raise DataError(f'{path.name} must hold fields like about and system, one per line, '
+                        'as in "system: {persona}"')
     try: return configure(Template, given)
     except ConfigError as e: raise DataError(f'{path.name}: {e}') from None
 
@@ -149,6 +150,7 @@ class Exchanges:
         return [t for r in apart[::-1] for t in (dict(role='user', text=r['user']),
                                                  dict(role='assistant', text=r['reply']))]
 
+# %% ../nbs/data/prompts.ipynb #449e412c
 def _together(a:dict, b:dict) -> bool:
     "Whether two rows share line, reply or scene."
     return any(a.get(k) and a.get(k) == b.get(k) for k in ('user', 'reply')) or bool(a.get('scene')) and (a['source'],
@@ -316,8 +318,11 @@ def pieces(chain:list[dict], tok, template:Template=PERSONA, max_tokens:int=512)
     head = sum(_sizes([m['content'] for m in messages(chain[0] | dict(history=[]), tok, template)[:-1]], tok)) or 8
     size = [sum(_sizes([r['user'], r['reply']], tok)) for r in chain]
     while start < len(chain):
-        first = within(chain[start] if not start else chain[start] | dict(history=[]), tok, template, max_tokens)
-        known, end, n = len(chain[start]['history']) - len(first['history']), start+1, head + size[start] + sum(_sizes([t['text'] for t in first['history']], tok))
+        first = chain[start]
+        if start: first = first | dict(history=[])
+        first = within(first, tok, template, max_tokens)
+        known, end = len(chain[start]['history']) - len(first['history']), start+1
+        n = head + size[start] + sum(_sizes([t['text'] for t in first['history']], tok))
         while end < len(chain) and (n := n + size[end]) <= max_tokens: end += 1
         while True:  # the sizes are estimates
             piece = [first, *(r | dict(history=r['history'][known:]) for r in chain[start+1:end])]

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['QuantizationConfig', 'weights_memory', 'Clock', 'time_reply', 'time_several', 'mean_metric', 'measure',
-           'decode_speeds', 'added', 'precision_table', 'plot_precisions']
+           'decode_speeds', 'added', 'precision_table', 'pareto_front', 'plot_precisions']
 
 # %% ../nbs/03_quantization.ipynb #a51ccf28
 import gc, time
+from operator import itemgetter
 from pathlib import Path
 
 # %% ../nbs/03_quantization.ipynb #adc84a8f
@@ -126,33 +127,43 @@ def precision_table(records:list[dict] # of this step
     return pd.DataFrame(lines)
 
 # %% ../nbs/03_quantization.ipynb #0b7e77e8
+def pareto_front(points:list[tuple]) -> list[tuple]: # sorted; both coordinates: less is better
+    "The points that no other point beats."
+    return sorted(p for p in points if not any(a <= p[0] and b <= p[1] and (a, b) != p for a, b in points))
+
+def _plot_loss(records:list[dict], ax):
+    pts = [(r['metrics']['weights']['value']/1e6, added(r), r['what']['precision']) for r in _sorted(records)]
+    for k, (x, m, name) in enumerate(pts):
+        x *= 1.04**sum(abs(a/x-1) < .01 for a, *_ in pts[:k])  # those of one size stand side by side
+        ax.plot([x, x], m['interval'], color=f'C{k}', lw=2, alpha=.6)
+        ax.plot(x, m['value'], 'o', color=f'C{k}', label=name)
+    ax.legend(fontsize=8, frameon=False)
+    ax.plot(*zip(*pareto_front([(x, m['value']) for x, m, _ in pts])), '--', color='gray', zorder=0, lw=1)
+    ax.set(xscale='log', xlabel='weights (MB)', ylabel='nats per token', title='Loss added by quantization')
+    ax.margins(x=.15, y=.2)
+    ticks = []
+    for x, *_ in sorted(pts, key=itemgetter(0)):
+        if not ticks or x > 1.12*ticks[-1]: ticks.append(x)
+    ax.set_xticks(ticks, [f'{x:.0f}' for x in ticks])
+    ax.minorticks_off()
+
+# %% ../nbs/03_quantization.ipynb #740b60e5
+def _plot_speed(records:list[dict], ax):
+    for k, r in enumerate(_sorted(records)):
+        m = decode_speeds(r)['decode']
+        if m['interval']: ax.plot(m['interval'], [k, k], color=f'C{k}', lw=2, alpha=.6)
+        ax.plot(m['value'], k, 'o', color=f'C{k}')
+    ax.set_yticks(range(len(records)), [r['what']['precision'] for r in _sorted(records)])
+    ax.invert_yaxis()
+    ax.set(xlabel='tokens/s', title='Decode speed, one reply at a time', xlim=(0, None))
+    ax.grid(axis='x', alpha=.25)
+
 def plot_precisions(records:list[dict], # of this step
                     axes=None):
     "Loss added against memory with the Pareto front, and decode speed."
     import matplotlib.pyplot as plt
     axes = plt.subplots(1, 2, figsize=(10, 3.4), layout='constrained')[1] if axes is None else axes
     if not records: return axes
-    pts = [(r['metrics']['weights']['value']/1e6, added(r), r['what']['precision']) for r in _sorted(records)]
-    for k, (x, m, name) in enumerate(pts):
-        x *= 1.04**sum(abs(a/x-1) < .01 for a, *_ in pts[:k])  # those of one size stand side by side
-        axes[0].plot([x, x], m['interval'], color=f'C{k}', lw=2, alpha=.6)
-        axes[0].plot(x, m['value'], 'o', color=f'C{k}', label=name)
-    axes[0].legend(fontsize=8, frameon=False)
-    front = [(x, m['value']) for x, m, _ in pts if not any(a <= x and b['value'] <= m['value']
-                                                           and (a, b['value']) != (x, m['value']) for a, b, _ in pts)]
-    axes[0].plot(*zip(*sorted(front)), '--', color='gray', zorder=0, lw=1)
-    axes[0].set(xscale='log', xlabel='weights (MB)', ylabel='nats per token', title='Loss added by quantization')
-    axes[0].margins(x=.15, y=.2)
-    size = sorted(x for x, *_ in pts)
-    ticks = [x for k, x in enumerate(size) if not k or x > 1.12*size[k-1]]
-    axes[0].set_xticks(ticks, [f'{x:.0f}' for x in ticks])
-    axes[0].minorticks_off()
-    for k, r in enumerate(_sorted(records)):
-        m = decode_speeds(r)['decode']
-        if m['interval']: axes[1].plot(m['interval'], [k, k], color=f'C{k}', lw=2, alpha=.6)
-        axes[1].plot(m['value'], k, 'o', color=f'C{k}')
-    axes[1].set_yticks(range(len(records)), [r['what']['precision'] for r in _sorted(records)])
-    axes[1].invert_yaxis()
-    axes[1].set(xlabel='tokens/s', title='Decode speed, one reply at a time', xlim=(0, None))
-    axes[1].grid(axis='x', alpha=.25)
+    _plot_loss(records, axes[0])
+    _plot_speed(records, axes[1])
     return axes

@@ -8,15 +8,17 @@ __all__ = ['TRACKS', 'TrackName', 'NEEDS', 'BLANK', 'VIEWS', 'TAUGHT', 'LEARNED'
            'as_right', 'draw', 'question', 'drawn_questions', 'crossed_sets', 'near_sets', 'reply_sets',
            'closed_questions', 'own_questions', 'make_questions', 'casting', 'nearest_personas', 'names_in', 'mask',
            'cast_sets', 'speaker_questions', 'make_tracks', 'questions_hash', 'save_questions', 'load_questions',
-           'audit', 'OverlapError', 'check_overlap', 'longest', 'overlap', 'oddness', 'choices_only', 'persona_rules',
-           'View', 'views', 'learned_rule', 'CharacterClassifier', 'taught_rule', 'rule_scores', 'rule_picks',
-           'baselines', 'rule_metrics', 'chosen_rule', 'save_rules', 'rules_table', 'plot_rules', 'plot_lengths']
+           'distractors', 'audit', 'OverlapError', 'check_overlap', 'longest', 'overlap', 'oddness', 'choices_only',
+           'persona_rules', 'View', 'views', 'learned_rule', 'CharacterClassifier', 'taught_rule', 'rule_scores',
+           'rule_picks', 'baselines', 'rule_metrics', 'chosen_rule', 'save_rules', 'rules_table', 'plot_rules',
+           'plot_lengths']
 
 # %% ../nbs/benchmark/questions.ipynb #2709287a
 import math, re
 from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import itemgetter
 from pathlib import Path
 from typing import Annotated
 
@@ -26,7 +28,8 @@ from scipy import sparse
 from .core import *
 from .core import Config, Field
 from .rows import DataError
-from .data import crossed, data_hash, ensure_data, label_rows, load_split, near_pairs, normal, sample_rows, split_rows, spoken_name
+from .data import (crossed, data_hash, ensure_data, label_rows, load_split, near_pairs, normal, sample_rows,
+                           split_rows, spoken_name)
 
 # %% ../nbs/benchmark/questions.ipynb #a3b6ec0d
 @dataclass(frozen=True)
@@ -123,8 +126,9 @@ class Pool:
         named = {row_id(r): r for r in rows}
         self.names, self.seed = sorted(named, key=lambda k: (row_rng(k, seed).random(), k)), seed
         self.rows = [named[k] for k in self.names]
-        code = lambda of: np.unique([of(r) for r in self.rows], return_inverse=True)[1]
-        self.lang, self.character, self.text = code(lambda r: r['lang']), code(lambda r: r['character']), code(lambda r: normal(r['reply']))
+        def code(value): return np.unique([value(r) for r in self.rows], return_inverse=True)[1]
+        def text(r): return normal(r['reply'])
+        self.lang, self.character, self.text = map(code, (itemgetter('lang'), itemgetter('character'), text))
         self.length = np.array([len(r['reply']) for r in self.rows])
     def __len__(self): return len(self.rows)
     def rng(self, i:int, use:int=0): return row_rng(self.names[i], self.seed, use)
@@ -219,15 +223,16 @@ def near_sets(pool:Pool, options:int, near:float=0.8, apart:bool=False, # all of
 # yields (rows, how they were found)
 def reply_sets(pool:Pool, options:int, track:str, near:float, line_near:float, enough:int=20):
     "The sets of a closed track in which the reply varies."
-    sets = list(crossed_sets(pool, options, near)) if track == 'voice' else []
-    yield from ((rows, 'crossed rows') for rows in sets)
+    voice, sets = track == 'voice', []
+    if voice: sets = list(crossed_sets(pool, options, near))
+    for rows in sets: yield rows, 'crossed rows'
     if len(sets) >= enough: return
-    taken = {pool.names[j] for rows in sets for j in rows}
-    rest = Pool([r for n, r in zip(pool.names, pool.rows) if n not in taken], pool.seed) if taken else pool
+    taken, rest = {pool.names[j] for rows in sets for j in rows}, pool
+    if taken: rest = Pool([r for n, r in zip(pool.names, pool.rows) if n not in taken], pool.seed)
+    if not len(rest): return
     at = {n: i for i, n in enumerate(pool.names)}
-    for rows in near_sets(rest, options, near, track == 'voice',
-                          line_near if track == 'voice' else 0) if len(rest) else (): yield [at[rest.names[j]]
-                              for j in rows], 'near lines'
+    for rows in near_sets(rest, options, near, voice, line_near if voice else 0):
+        yield [at[rest.names[j]] for j in rows], 'near lines'
 
 def closed_questions(pool:Pool, options:int, track:str, near:float, line_near:float): # yields questions
     "Questions in sets, whole sets after each other."
@@ -237,18 +242,24 @@ def closed_questions(pool:Pool, options:int, track:str, near:float, line_near:fl
         yield from (question(pool, i, order, track, set=name, made=made) for i in order)
 
 # %% ../nbs/benchmark/questions.ipynb #32306f7e
+def _shipped_replies(rows:list[dict], langs:set): # yields up to twenty for each row
+    "Replies of shipped characters in the row's language, those to the most similar lines first."
+    shipped = [r for r in sample_rows() if r['lang'] in langs]
+    like = [()]*len(rows)
+    if shipped and rows: like = similarities([r['user'] for r in rows], [o['user'] for o in shipped])
+    for r, nearness in zip(rows, like):
+        best = [shipped[j] for j in np.argsort(-np.asarray(nearness), kind='stable')]
+        yield [o['reply'] for o in best if o['lang'] == r['lang']][:20]
+
+# %% ../nbs/benchmark/questions.ipynb #491d6852
 def own_questions(pool:Pool, said:dict[str,list[str]], # line → what the model says to it
                   options:int=5, near:float=0.8): # yields questions
     """One question from each row whose line the model has answered: the model's replies, and from three options on one
     of a shipped character's."""
-    langs, order = {o['lang'] for o in pool.rows}, [i for i in range(len(pool)) if pool.rows[i]['user'] in said]
-    shipped = [r for r in sample_rows() if r['lang'] in langs]
-    like = [()]*len(order)
-    if shipped and order: like = similarities([pool.rows[i]['user'] for i in order], [r['user'] for r in shipped])
-    for i, nearness in zip(order, like):
+    order = [i for i, r in enumerate(pool.rows) if r['user'] in said]
+    shipped = _shipped_replies([pool.rows[i] for i in order], {r['lang'] for r in pool.rows})
+    for i, others in zip(order, shipped):
         r = pool.rows[i]
-        best = [shipped[j] for j in np.argsort(-np.asarray(nearness), kind='stable')]
-        others = [o['reply'] for o in best if o['lang'] == r['lang']][:20]
         rivals = _rivals(r['reply'], said[r['user']], others, options, near)
         if len(rivals) < 2: continue
         texts = [rivals[j] for j in pool.rng(i, 3).permutation(len(rivals))]
@@ -257,6 +268,7 @@ def own_questions(pool:Pool, said:dict[str,list[str]], # line → what the model
         yield question(pool, i, [i], 'own') | dict(id=content_hash(r['instruction'], r['user'], texts), choices=texts,
                                                    answer=answer, made='model and shipped characters')
 
+# %% ../nbs/benchmark/questions.ipynb #52bc2b7f
 def _rivals(reply:str, model:list[str], others:list[str], options:int, near:float) -> list[str]:
     "Replies that are neither empty nor alike: of the model all but one, of others the rest."
     out = []
@@ -353,12 +365,14 @@ def cast_sets(pool:Pool, cast:dict, options:int, near:float=0.8, close:bool=Fals
         took = _drawn_cast(left[lang], cast[lang], size[lang], near, friends.get(lang), rng)
         if took: yield took
 
+# %% ../nbs/benchmark/questions.ipynb #eb66b54b
 def _crossed_casts(pool:Pool, cast:dict, left:dict, size:dict, options:int, near:float): # yields numbers of rows
     "Whole sets of rows that answer the same line; what is taken is no longer left."
     for rows in crossed_sets(pool, options, near):
         lang, who = pool.rows[rows[0]]['lang'], [pool.rows[i]['character'] for i in rows]
         there = all(i in left.get(lang, {}).get(c, ()) for i, c in zip(rows, who))
-        if not there or len(rows) != size[lang] or len(_told_apart(who, cast[lang], options, near)) < len(rows): continue
+        if not there or len(rows) != size[lang]: continue
+        if len(_told_apart(who, cast[lang], options, near)) < len(rows): continue
         for i, c in zip(rows, who): left[lang][c].remove(i)
         yield rows
 
@@ -369,10 +383,12 @@ def _drawn_cast(of:dict, personas:dict, size:int, near:float, friends:dict|None,
     if friends is not None: order = [order[0], *(c for c in friends[order[0]] if c in of)]
     chosen = _told_apart(order, personas, size, near)
     whole = len(chosen) == size
-    took = [of[c].pop(0) for c in (chosen if whole else chosen[:1])]
+    took = [of[c].pop(0) for c in chosen[:None if whole else 1]]
     _drop_empty(of)
-    return took if whole else []
+    if whole: return took
+    return []
 
+# %% ../nbs/benchmark/questions.ipynb #b40888ec
 def _drop_empty(of:dict):
     "Forget the characters that have no row left."
     for c in [c for c, rows in of.items() if not rows]: del of[c]
@@ -463,25 +479,31 @@ def _line(what, texts, twins) -> dict:
                 example=hit[0][:80] if hit else '')
 
 # %% ../nbs/benchmark/questions.ipynb #a8776036
+def distractors(q:dict) -> list[str]: # replies
+    "The wrong replies of a question; none where the persona varies."
+    return [] if 'reply' in q else [c for i, c in enumerate(q['choices']) if i != q['answer']]
+
+def _lines(some:list[dict], who:str) -> list[str]: return [f"{o[who]}: {o['user']}" for o in some]
+
+def _from_outside(replies:list[str], test:list[dict]) -> dict:
+    own = {normal(r['reply']) for r in test}
+    return {c: c for c in replies if normal(c) not in own}
+
 def audit(qs:list[dict], # questions
           train:list[dict], # rows that the model may have seen: training and validation
           test:list[dict], # rows that the questions were made from
           near:float=0.8) -> pd.DataFrame: # what, n, exact, near, share, example
     "What overlaps between questions, training rows and test rows."
     true = [q.get('reply', q['choices'][q['answer']]) for q in qs]
-    others = [c for q in qs for i, c in enumerate(q['choices']) if i != q['answer'] and 'reply' not in q]
-    said = lambda who, line: f'{who}: {line}'
+    others, lines = [c for q in qs for c in distractors(q)], _lines(qs, 'cluster')
     seen = _found(true + others, [r['reply'] for r in train], near)
-    lines = [said(q['cluster'], q['user']) for q in qs]
-    own = {normal(r['reply']) for r in test}
-    inside = {true[i]: c for i, q in enumerate(qs) for j, c in enumerate(q['choices']) if j != q['answer']
-              and 'reply' not in q and alike(c, true[i], near)}
-    return pd.DataFrame([_line('true reply among the training replies', true, seen),
-                         _line('distractor among the training replies', others, seen),
-        _line('character and line among the training rows', lines,
-              _found(lines, [said(r['character'], r['user']) for r in train], near)),
-        _line('distractor from outside the test rows', others, {c: c for c in others if normal(c) not in own}),
-        _line('distractor is a twin of the true reply', true, inside)])
+    twins = {t: c for t, q in zip(true, qs) for c in distractors(q) if alike(c, t, near)}
+    return pd.DataFrame([
+        _line('true reply among the training replies', true, seen),
+        _line('distractor among the training replies', others, seen),
+        _line('character and line among the training rows', lines, _found(lines, _lines(train, 'character'), near)),
+        _line('distractor from outside the test rows', others, _from_outside(others, test)),
+        _line('distractor is a twin of the true reply', true, twins)])
 
 # %% ../nbs/benchmark/questions.ipynb #b5b62a9a
 class OverlapError(DataError):
@@ -509,12 +531,13 @@ def overlap(qs:list[dict], given=context, # what of the question is compared
             corpus:list[str]|None=None # texts that the IDF is fitted on; else the distinct choices
            ) -> list[np.ndarray]:
     "The summed IDF of the words that each choice shares with persona and line, or what else is given."
-    of = {t: words(t) for t in dict.fromkeys(c for q in qs for c in q['choices'])}
-    corpus = list(of) if corpus is None else corpus
-    df = Counter(w for t in corpus for w in (of[t] if t in of else words(t)))
-    idf = lambda w: math.log(1 + len(corpus)/(1+df[w]))
-    return [np.array([sum(map(idf, sorted(of[c] & said))) for c in q['choices']], float) for q in qs
-            for said in [words(given(q))]]
+    choices = list(dict.fromkeys(c for q in qs for c in q['choices']))
+    if corpus is None: corpus = choices
+    of = {t: words(t) for t in dict.fromkeys(choices + corpus)}
+    df = Counter(w for t in corpus for w in of[t])
+    def idf(w): return math.log(1 + len(corpus)/(1+df[w]))
+    def shared(q, said): return [sum(map(idf, sorted(of[c] & said))) for c in q['choices']]
+    return [np.array(shared(q, words(given(q))), float) for q in qs]
 
 # %% ../nbs/benchmark/questions.ipynb #b6d0f5ba
 def oddness(qs:list[dict], block:int=1000 # questions at a time
@@ -551,9 +574,12 @@ def persona_rules(qs:list[dict]) -> dict[str,list[np.ndarray]]: # rule → (choi
     def shared(q, text):
         said = words(text)
         return np.array([sum(map(idf, sorted(personas[p] & said))) for p in q['choices']], float)
-    return {'persona–reply overlap': [shared(q, q['reply']) for q in qs],
-            'persona–line overlap': [shared(q, q['user']) for q in qs],
-            'most frequent': [np.array([often[c] for c in q['speakers']], float) for q in qs]}
+    reply, line, frequent = [], [], []
+    for q in qs:
+        reply.append(shared(q, q['reply']))
+        line.append(shared(q, q['user']))
+        frequent.append(np.array([often[c] for c in q['speakers']], float))
+    return {'persona–reply overlap': reply, 'persona–line overlap': line, 'most frequent': frequent}
 
 # %% ../nbs/benchmark/questions.ipynb #fd128031
 @dataclass(frozen=True)
@@ -650,6 +676,13 @@ class CharacterClassifier:
 # %% ../nbs/benchmark/questions.ipynb #e4a00003
 TAUGHT = 'words of the training rows'
 
+def _taught(qs:list[dict], train:list[dict]) -> pd.DataFrame|None: # text → probability of each character
+    "What a classifier that read the rows says of the texts of questions, all of one language."
+    names, asked = {r['character'] for r in train}, {c for q in qs for c in q.get('speakers', [q['cluster']])}
+    if len(names) < 2 or not asked <= names: return None
+    texts = list(dict.fromkeys(t for q in qs for t in _weighed(q)))
+    return CharacterClassifier(train).probabilities(texts).assign(text=texts).set_index('text')
+
 def taught_rule(qs:list[dict], # questions of one track
                 train:list[dict]=() # rows to learn from
                # (choices,) for each question; empty where one of the characters is not among the rows
@@ -657,11 +690,8 @@ def taught_rule(qs:list[dict], # questions of one track
     "How probable a classifier of words, which learned from other rows of the same characters, finds each choice."
     found = {}
     for lang in {q['lang'] for q in qs}:
-        some, rows = [q for q in qs if q['lang'] == lang], [r for r in train if r['lang'] == lang]
-        names, asked = {r['character'] for r in rows}, {c for q in some for c in q.get('speakers', [q['cluster']])}
-        if len(names) < 2 or not asked <= names: return []
-        texts = list(dict.fromkeys(t for q in some for t in _weighed(q)))
-        found[lang] = CharacterClassifier(rows).probabilities(texts).assign(text=texts).set_index('text')
+        found[lang] = _taught([q for q in qs if q['lang'] == lang], [r for r in train if r['lang'] == lang])
+        if found[lang] is None: return []
     def of(q):
         table = found[q['lang']]
         if 'reply' in q: return table.loc[q['reply'], q['speakers']].to_numpy()
@@ -680,12 +710,13 @@ def rule_scores(qs:list[dict], train:list[dict]=() # rows of the same characters
     taught = {TAUGHT: found} if (found := taught_rule(qs, train)) else {}
     if qs and TRACKS[qs[0].get('track', 'random')].varies == 'persona': return persona_rules(qs) | taught
     odd = oddness(qs) if qs else []
-    line, persona = overlap(qs, lambda q: q['user']), overlap(qs, lambda q: q['instruction'] or '')
+    line, persona = overlap(qs, itemgetter('user')), overlap(qs, lambda q: q['instruction'] or '')
     out = dict(zip(RULES, (longest(qs), overlap(qs), line, persona, odd, [-s for s in odd])))
     if len(qs) > 1 and TRACKS[qs[0].get('track', 'random')].alone:
         out[LEARNED] = [np.eye(len(q['choices']))[p] for q, p in zip(qs, learned_rule(qs))]
     return out | taught
 
+# %% ../nbs/benchmark/questions.ipynb #b11589ec
 def rule_picks(qs:list[dict], cloze:list[dict]=(), # lines of a `cloze` record, for choices only
                train:list[dict]=()) -> list[dict]: # id, cluster, lang, answer, and rule → index or null
     "What each rule picks in each question."
@@ -757,23 +788,25 @@ def rules_table(records:list[dict] # from `load_records`, mode 'rules'
     return pd.DataFrame(sorted(lines, key=lambda o: list(TRACKS).index(o['track']))).fillna('')
 
 # %% ../nbs/benchmark/questions.ipynb #1500bc4a
+def _plot_rule(ax, records:list[dict], name:str, shift:float):
+    "One rule on the tracks that it was tried on, with intervals."
+    at = [(i + shift, r['metrics'][name]) for i, r in enumerate(records) if name in r['metrics']]
+    v = np.array([m['value'] for _, m in at])
+    low, high = np.array([m['interval'] for _, m in at]).T
+    ax.errorbar([x for x, _ in at], v, [np.maximum(v-low, 0), np.maximum(high-v, 0)], fmt='o', capsize=3, label=name)
+
 def plot_rules(records:list[dict], ax=None):
     "Accuracy of the rules on each track with Wilson intervals; chance as a line."
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(10.5, 3.6), layout='constrained')[1]
     records = sorted(records, key=lambda r: list(TRACKS).index(r['what']['track']))
     names = list(dict.fromkeys(k for r in records for k in r['metrics'] if k != 'chance'))
-    for j, name in enumerate(names):
-        at = [(i + .7*(j-(len(names)-1)/2)/len(names), r['metrics'][name]) for i, r in enumerate(records)
-              if name in r['metrics']]
-        v = np.array([m['value'] for _, m in at])
-        low, high = np.array([m['interval'] for _, m in at]).T
-        ax.errorbar([x for x, _ in at], v, [np.maximum(v-low, 0), np.maximum(high-v, 0)], fmt='o', capsize=3,
-                    label=name)
-    for i, r in enumerate(records): ax.hlines(r['metrics']['chance']['value'], i-.45, i+.45, color='gray', ls=':',
-                                              label='' if i else 'chance')
-    ax.set_xticks(range(len(records)),
-                  [f"{r['what']['track']}\n(n = {r['metrics']['chance']['n']:,})" for r in records])
+    for j, name in enumerate(names): _plot_rule(ax, records, name, .7*(j-(len(names)-1)/2)/len(names))
+    for i, r in enumerate(records):
+        at = r['metrics']['chance']['value']
+        ax.hlines(at, i-.45, i+.45, color='gray', ls=':', label='' if i else 'chance')
+    ticks = [f"{r['what']['track']}\n(n = {r['metrics']['chance']['n']:,})" for r in records]
+    ax.set_xticks(range(len(records)), ticks)
     ax.set(ylim=(0, 1), ylabel='accuracy', title='What rules get without a model')
     ax.legend(ncols=5, fontsize=8)
     return ax

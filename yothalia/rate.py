@@ -70,6 +70,7 @@ def suggested(log:list[dict]) -> dict[str,float]: # 'steepest', 'tenth of the lo
     slope = np.gradient(s[:low+1], np.log(rate[:low+1]))
     return {'steepest': float(rate[int(slope.argmin())]), 'tenth of the lowest': float(rate[low]/10)}
 
+# %% ../nbs/studies/rate.ipynb #8f2f78e6
 def plot_rates(log:list[dict], ax=None):
     "Loss over a rising learning rate, as measured and smoothed, with the suggestions."
     ax = ax or plt_axes()
@@ -85,6 +86,7 @@ def plot_rates(log:list[dict], ax=None):
     ax.legend(fontsize=8)
     return ax
 
+# %% ../nbs/studies/rate.ipynb #0a7d0208
 def plt_axes():
     "Axes of the usual size."
     import matplotlib.pyplot as plt

@@ -8,7 +8,7 @@ __all__ = ['ASSISTANT', 'COPY', 'MEANS', 'RepliesConfig', 'masked', 'own_probabi
            'replies_key', 'replies_of', 'measure_replies', 'replies_table', 'replies_side_by_side', 'plot_replies']
 
 # %% ../nbs/benchmark/replies.ipynb #a7a00004
-import re
+import functools, re
 from functools import partial
 from pathlib import Path
 
@@ -47,20 +47,22 @@ def own_probability(said:list[dict], # character, lang, user, reply
                    # (replies,) of the own character; (replies,) whether it is the likeliest
                    ) -> tuple[np.ndarray, np.ndarray]:
     "How probable a classifier of words finds each reply's own character; NaN where a language has a single one."
-    def fold(r): return int(content_hash(r['user']), 16) % folds
+    def fold(line): return int(content_hash(line), 16) % folds
+    @functools.cache
+    def known(lang): return hidden_names([r for r in rows if r['lang'] == lang])
     p, best = np.full(len(said), np.nan), np.full(len(said), np.nan)
-    parts = pd.DataFrame([(r['lang'], fold(r)) for r in said], columns=['lang', 'fold']).groupby(['lang', 'fold'])
-    known = {lang: hidden_names([r for r in rows if r['lang'] == lang]) for lang in {r['lang'] for r in said}}
-    for (lang, f), at in parts.groups.items():
-        learn = [r for r in known[lang] if fold(r) != f]
+    parts = pd.DataFrame([(r['lang'], fold(r['user'])) for r in said], columns=['lang', 'fold'])
+    for (lang, f), at in parts.groupby(['lang', 'fold']).groups.items():
+        learn = [r for r in known(lang) if fold(r['user']) != f]
         if len({r['character'] for r in learn}) < 2: continue
-        texts = masked([said[i]['reply'] for i in at], known[lang])
+        texts = masked([said[i]['reply'] for i in at], known(lang))
         found = CharacterClassifier(learn).probabilities(texts)
         for i, (_, row) in zip(at, found.iterrows()):
             p[i] = row.get(said[i]['character'], np.nan)
-            best[i] = np.nan if np.isnan(p[i]) else row.idxmax() == said[i]['character']
+            if not np.isnan(p[i]): best[i] = row.idxmax() == said[i]['character']
     return p, best
 
+# %% ../nbs/benchmark/replies.ipynb #52f42c0a
 def hidden_names(rows:list[dict]) -> list[dict]:
     "Rows of one language with the names of their characters masked in the replies."
     return [r | dict(reply=t) for r, t in zip(rows, masked([r['reply'] for r in rows], rows))]
@@ -132,8 +134,8 @@ def measured(replies:list[dict], # character, lang, user, reply, author, ended, 
 COPY = 8 # units: a run as long as this is taken for a copy
 
 MEANS = {f'copies of {COPY} and more': lambda o: o['run'] >= COPY, 'copied runs of 4': 'copied',
-         'parroted runs of 4': 'parroted', 'repeated within': 'repeated', 'said elsewhere': 'elsewhere', 'stops': 'ended',
-         'right script': 'script', 'assistant phrases': 'assistant'} # name → what a reply's line says of it
+         'parroted runs of 4': 'parroted', 'repeated within': 'repeated', 'said elsewhere': 'elsewhere',
+         'stops': 'ended', 'right script': 'script', 'assistant phrases': 'assistant'} # name → what a reply's line says
 
 def mean_of(lines:list[dict], of, unit:str='share') -> dict: # a metric; `of`: a field, or a function of a line
     "A mean over replies, with its interval by resampling characters."
@@ -185,24 +187,34 @@ def replies_key(cfg:RepliesConfig, condition:str, adapter:str) -> str:
             cfg.sampled, cfg.temperature, cfg.new_tokens, cfg.seed, device_info()['device']]
     return content_hash(what, package_dir()/'prompts.py', package_dir()/'models.py')
 
+# %% ../nbs/benchmark/replies.ipynb #25eb1454
 def replies_of(cfg:RepliesConfig, run:Run, rows:list[dict], condition:str, # a key of `CONDITIONS`
                told:Template, # where the model is told the persona
                path:Path|None=None # where they are kept
               ) -> list[dict]: # id, character, lang, user, instruction, author, sample, reply, ended
     "What a run's model says to the lines of some rows in one condition: sample 0 is the greedy reply."
     tells, on = CONDITIONS[condition]
-    how, groups = told if tells else BARE, [rows[i:i+cfg.group] for i in range(0, len(rows), cfg.group)]
+    if not tells: told = BARE
+    groups = [rows[i:i+cfg.group] for i in range(0, len(rows), cfg.group)]
     path = path or rooted(cfg.out)/'priors'/f'replies-{condition}.jsonl'
     ids = [content_hash([row_id(r) for r in g]) for g in groups]
-    write = partial(say_all, cfg, run.lm, run.tok, groups, how)
+    write = partial(say_all, cfg, run.lm, run.tok, groups, told)
     with switched(run.lm, on): got = write_lines(path, replies_key(cfg, condition, run.worn), ids, write, condition)
     out = []
-    for r, said in ((r, s) for g, o in zip(groups, got) for r, s in zip(g, o['said'])):
-        same = {k: r[k] for k in ('character', 'lang', 'user', 'instruction')} | dict(id=row_id(r), author=r['reply'])
-        for sample, (reply, ended) in enumerate(said): out.append(same | dict(sample=sample, reply=reply, ended=ended))
+    for g, o in zip(groups, got):
+        for r, said in zip(g, o['said']):
+            same = {k: r[k] for k in ('character', 'lang', 'user', 'instruction')}
+            same |= dict(id=row_id(r), author=r['reply'])
+            out += [same | dict(sample=k, reply=reply, ended=ended) for k, (reply, ended) in enumerate(said)]
     return out
 
 # %% ../nbs/benchmark/replies.ipynb #a7a0001e
+def _what(cfg:RepliesConfig, run:Run, condition:str) -> dict: # of a record
+    tells, on = CONDITIONS.get(condition, (False, False))
+    return dict(step='replies', model=model_name(cfg.model), precision=cfg.precision, condition=condition,
+                data_hash=data_hash(cfg.out), split=split_kind(cfg.out), adapter=adapter_hash(run.worn) if on else '',
+                template=template_id(run.told if tells else 'bare'))
+
 def measure_replies(cfg:RepliesConfig, run:Run) -> list[dict]: # records, each with its lines
     "Have every condition answer, measure the replies and the authors' own, and write a record for each."
     rows, told = {p: run.rows(p) for p in ('train', 'valid', 'test')}, run.how
@@ -214,13 +226,10 @@ def measure_replies(cfg:RepliesConfig, run:Run) -> list[dict]: # records, each w
     for f in folder.glob('replies-*'): f.unlink() # of an earlier run
     for c, replies in said.items():
         lines = measured(replies, train, own_probability(replies, authors, cfg.folds))
-        tells, on = CONDITIONS.get(c, (False, False))
-        what = dict(step='replies', model=model_name(cfg.model), precision=cfg.precision, condition=c,
-                    data_hash=data_hash(cfg.out), split=split_kind(cfg.out), adapter=adapter_hash(run.worn) if on else '',
-                    template=template_id(run.told if tells else 'bare'))
         path = write_jsonl(folder/f'replies-{c}.lines.jsonl', lines)
-        out.append(save_record(folder/f'replies-{c}.json', what, reply_metrics(lines), cfg.model_dump(), path)
-                   | dict(lines=lines))
+        what, found = _what(cfg, run, c), reply_metrics(lines)
+        record = save_record(folder/f'replies-{c}.json', what, found, cfg.model_dump(), path)
+        out.append(record | dict(lines=lines))
     return out
 
 # %% ../nbs/benchmark/replies.ipynb #a7a0001f

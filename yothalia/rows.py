@@ -127,8 +127,9 @@ def decoded(name:str, b:bytes, # a file's name and content
     except UnicodeDecodeError as e:
         from charset_normalizer import from_bytes
         guess = from_bytes(b[:200_000]).best()
-        look = f'; it looks like {guess.encoding}: set encoding={guess.encoding!r}' if guess else ': convert it to UTF-8'
-        raise DataError(f'{name} line {b[:e.start].count(10)+1} is not {encoding} (byte {b[e.start]:#04x}){look}') from None
+        line, look = b[:e.start].count(10)+1, ': convert it to UTF-8'
+        if guess: look = f'; it looks like {guess.encoding}: set encoding={guess.encoding!r}'
+        raise DataError(f'{name} line {line} is not {encoding} (byte {b[e.start]:#04x}){look}') from None
     except LookupError: raise DataError(f'encoding {encoding!r} is unknown to Python') from None
 
 # %% ../nbs/data/rows.ipynb #3a396b8c
@@ -165,6 +166,7 @@ def _json_lines(text:str):
         try: yield i, _object(json.loads(l))
         except (ValueError, RecursionError) as e: yield i, f'not JSON: {e}'
 
+# %% ../nbs/data/rows.ipynb #a0ada661
 def _json_items(name:str, text:str):
     "Yield (number, dict or reason) for each object of a JSON list, or of JSON Lines under the name .json."
     try: root = json.loads(text)
@@ -244,8 +246,8 @@ def _flat(o:dict, # an item
 def _alpaca(o:dict) -> dict:
     "An Alpaca item: instruction and input together are the line; `history` holds pairs of earlier turns."
     asked = [o.get(k) for k in ('instruction', 'input')]
-    wrong = next((v for v in asked if v is not None and not isinstance(v, str)), None)
-    line = wrong if wrong is not None else '\n\n'.join(v.strip() for v in asked if v and v.strip())
+    line = next((v for v in asked if v is not None and not isinstance(v, str)), None)  # what is no text, is told later
+    if line is None: line = '\n\n'.join(v.strip() for v in asked if v and v.strip())
     pairs = [p for p in o.get('history') or () if isinstance(p, (list, tuple)) and len(p) == 2]
     before = [dict(role=role, text=t) for p in pairs for role, t in zip(('user', 'assistant'), p)]
     persona = _flat(o, dict(instruction=('persona', 'system', 'system_prompt')))
@@ -269,6 +271,7 @@ def merged(turns # (role, text, line) in order
         else: out.append([role, text, line])
     return out
 
+# %% ../nbs/data/rows.ipynb #72eda18d
 def exchanges(turns, base:dict, # (role, text, line) in order, and the fields that all rows share
               scene:str) -> Iterator[tuple[int, dict|str]]: # line, row or reason
     "A row for every reply of a conversation, with its history."
@@ -378,7 +381,9 @@ class Chats:
                                 f'{", ".join(f"{n} ({k})" for n, k in self.speakers().most_common(8))}')
 
 # %% ../nbs/data/rows.ipynb #cbd36885
-_SAID = re.compile(r'^[\s*_>-]*(?:[\[(]?\d{1,2}:\d{2}(?::\d{2})?[\])]?\s*)?([^\W\d_][^:：「『"“”\[\]()（）!?！？,，。;；]{0,40}?)[\s*_]*(?:(?:[(（][^)）]*[)）])?\s*[:：][\s*_]*|(?=[「『]))(?!//)(.+)$')
+_SAID = re.compile(r'^[\s*_>-]*(?:[\[(]?\d{1,2}:\d{2}(?::\d{2})?[\])]?\s*)?'  # a mark, a time
+                   r'([^\W\d_][^:：「『"“”\[\]()（）!?！？,，。;；]{0,40}?)'  # who
+                   r'[\s*_]*(?:(?:[(（][^)）]*[)）])?\s*[:：][\s*_]*|(?=[「『]))(?!//)(.+)$')  # an aside, a colon, what
 _ASIDE = re.compile(r'^\s*[\[(（【*].*[\])）】*]\s*$')
 _RULE = re.compile(r'^\s*([-=*_~#]\s*){3,}$|^\s*(scene|act|szene|场景|第.{1,3}[幕场])\b.{0,60}$', re.I)
 
@@ -413,6 +418,7 @@ def _blocks(lines) -> list[list]: # of (line, text)
         out[-1] += [o for o in b if o[1] is not None]
     return [b for b in out if b]
 
+# %% ../nbs/data/rows.ipynb #16ba1695
 def script_chats(lines:list[str]) -> Chats:
     "Scenes of a script or transcript."
     names, scenes, loose = _names(lines), [], []
@@ -490,7 +496,8 @@ def telegram_chats(root:dict) -> Chats|None:
     return Chats([s for said in scenes for s in by_pauses(said)], loose=loose)
 
 # %% ../nbs/data/rows.ipynb #84d34758
-_STAMP = re.compile(r'^\[?(\d{1,4})[./-](\d{1,2})[./-](\d{2,4}),?\s+(\d{1,2})[:.](\d{2})(?:[:.](\d{2}))?\s*(?:([AaPp])\.?\s?[Mm]\.?)?\]?\s*(?:[-–]\s*)?(.*)$')
+_STAMP = re.compile(r'^\[?(\d{1,4})[./-](\d{1,2})[./-](\d{2,4}),?\s+'  # the date
+                    r'(\d{1,2})[:.](\d{2})(?:[:.](\d{2}))?\s*(?:([AaPp])\.?\s?[Mm]\.?)?\]?\s*(?:[-–]\s*)?(.*)$')
 _NO_TEXT = re.compile(r'^<[^>]{3,60}>$|^(image|video|audio|sticker|gif|document|contact card) omitted$|^\S+ \(file '
                       r'attached\)$', re.I)
 
@@ -504,14 +511,18 @@ def _when(m, day_first:bool) -> float|None:
     except ValueError: return None
 
 # %% ../nbs/data/rows.ipynb #84d34758y
+def _day_first(stamps:list) -> bool: # matches of _STAMP, or None
+    "Whether dates say the day before the month: a day past the 12th shows it, else a clock with am and pm says no."
+    big = [m for m in stamps if m and 31 >= max(int(m[1]), int(m[2])) > 12 and int(m[1]) < 32]
+    if big: return int(big[0][1]) > 12
+    return not any(m and m[7] for m in stamps)
+
 def whatsapp_chats(lines:list[str]) -> Chats:
     "The chat of a WhatsApp export."
     lines = [re.sub('[\u200e\u200f\u202a-\u202e\ufeff]', '', l).replace('\u202f', ' ').replace('\xa0', ' ')
              for l in lines]
     stamps = [_STAMP.match(l) for l in lines]
-    day_first = not any(m and m[7] for m in stamps) if not (big := [m for m in stamps if m
-        and 31 >= max(int(m[1]), int(m[2])) > 12 and int(m[1]) < 32]) else int(big[0][1]) > 12
-    said, loose = [], []
+    day_first, said, loose = _day_first(stamps), [], []
     for i, (l, m) in enumerate(zip(lines, stamps), 1):
         who, sep, text = m[8].partition(': ') if m else ('', '', '')
         if m and not sep: loose.append((i, 'a service message'))
@@ -550,6 +561,7 @@ def cast(chats:Chats, character:str, source:str) -> str:
     raise DataError(f'{source}: {wanted} never speaks' + (f'; did you mean {near[0]}?' if near else '.')
                     + f' Speakers: {some}.')
 
+# %% ../nbs/data/rows.ipynb #f6d93dd3
 def chat_rows(chats:Chats, character:str, source:str) -> Iterator[tuple[int, dict|str]]: # line, row or reason
     "Rows of a log: every reply of the character, with the turns before it."
     who = cast(chats, character, source)
@@ -575,32 +587,31 @@ def persona_text(persona:str # words, or a text file
     return persona.strip()
 
 # %% ../nbs/data/rows.ipynb #019c0c31x
+def _each(items, source:str, character:str, columns:dict): # yields its line, a row or what is wrong, the item
+    "The rows of each item; the first that has names of columns is checked for those that are needed."
+    names = None
+    for line, o in items:
+        if isinstance(o, Chats):
+            for i, r in chat_rows(o, character, source): yield i, r, ''
+            continue
+        if isinstance(o, (list, dict)) and names is None:
+            names = renamed(columns, list(o), source)
+            check_columns(list(o), source, names)
+        if isinstance(o, str): yield line, o, o
+        elif isinstance(o, dict):
+            for r in expand(o, f'{source}:{line}', names): yield line, r, o
+
 def to_rows(items, # (line, item) pairs from `read_items`, or a data set's items
             source:str, # a file's or data set's name
             character:str='', columns:dict={}) -> tuple[list[dict], list[Reject]]:
     "Expand and validate items; what fails becomes a `Reject`."
-    rows, rejects, names = [], [], None
-    def each():
-        nonlocal names
-        for line, o in items:
-            if isinstance(o, Chats):
-                yield from ((i, r, o) for i, r in chat_rows(o, character, source))
-                continue
-            keys = o if isinstance(o, list) else list(o) if isinstance(o, dict) else None
-            if keys is not None and names is None:
-                names = renamed(columns, keys, source)
-                check_columns(keys, source,
-names)
-            if isinstance(o, str): yield line, o, o
-            elif isinstance(o, dict): yield from ((line, r, o) for r in expand(o, f'{source}:{line}', names))
-    for line, r, o in each():
-        reason = r if isinstance(r, str) else bad(r)
-        if reason:
-            rejects.append(Reject(source, line, reason, ('' if isinstance(o, Chats) else str(o)[:200]).encode('utf-8',
-                'replace').decode()))
-        else:
-            rows.append({f: r.get(f) for f in FIELDS} | dict(history=r.get('history') or [],
-                                                             source=r.get('source') or source, line=line))
+    rows, rejects = [], []
+    for line, r, o in _each(items, source, character, columns):
+        if reason := r if isinstance(r, str) else bad(r):
+            rejects.append(Reject(source, line, reason, str(o)[:200].encode('utf-8', 'replace').decode()))
+            continue
+        rows.append({f: r.get(f) for f in FIELDS} | dict(history=r.get('history') or [],
+                                                         source=r.get('source') or source, line=line))
     return rows, rejects
 
 # %% ../nbs/data/rows.ipynb #555c0ba5
@@ -618,11 +629,12 @@ def only(rows:list[dict], character:str, source:str) -> list[dict]:
     if not named: return [r | dict(character=character) for r in rows]
     fits = [n for n in named if n.casefold() == character.casefold()]
     if fits: return [r for r in rows if r['character'] == fits[0]]
-    near = nearest(character, named)
+    near, hint = nearest(character, named), '.'
+    if near: hint = f'; did you mean {near[0]}?'
     some = ', '.join(f'{n} ({k:,})' for n, k in named.most_common(12))
-    raise DataError(f'{source}: no row is said by {character}' + (f'; did you mean {near[0]}?' if near else '.')
-                    + f' Characters: {some}.')
+    raise DataError(f'{source}: no row is said by {character}' + hint + f' Characters: {some}.')
 
+# %% ../nbs/data/rows.ipynb #67f66747
 def read_rows(path:str|Path, # a file of any known format
               encoding:str='utf-8', character:str='', persona:str='', columns:dict={}
              ) -> tuple[list[dict], list[Reject]]:

@@ -139,9 +139,12 @@ def wanted(recipe:dict, # from the YAML file
     named = list(steps or recipe.get('steps') or ())
     some = known_steps(named or STEPS)
     if not named and is_api(str(shared.get('model', ''))): some = [s for s in some if JOBS[s].away]
-    def typed(s, k, v): return _number(v) if isinstance(known[s][k], float) else v
+    def typed(s, k, v):
+        if isinstance(known[s][k], float): return _number(v)
+        return v
     return {s: {k: typed(s, k, v) for k, v in (shared | own[s]).items() if k in known[s]} for s in some}
 
+# %% ../nbs/run/runner.ipynb #ca8e3ff8
 def _sections(recipe:dict) -> tuple[dict,dict]: # what holds for all steps; step → what holds only there
     "A recipe's parts: a section is a step's name over a mapping."
     shared, own = {}, {s: {} for s in JOBS}

@@ -14,6 +14,7 @@ from typing import Protocol
 
 # %% ../nbs/chat/sampling.ipynb #9792a251
 import torch
+from fastcore.basics import patch
 from .core import *
 
 # %% ../nbs/chat/sampling.ipynb #07b0000b
@@ -53,13 +54,14 @@ def next_tokens(logits:torch.Tensor, # (replies, vocabulary)
     for k, (ids, s) in enumerate(zip(said, hows)):
         if s.guard and 0 < len(no := said_again(ids, s.guard)) < logits.shape[1]: logits[k, list(no)] = float('-inf')
     best = logits.argmax(-1)
-    if all(s.temperature <= 0 for s in hows): return best.tolist()
-    luck = [float(torch.rand(1, generator=g)) if s.temperature > 0 else 0. for s, g in zip(hows, draws)]
+    cold = [s.temperature <= 0 for s in hows]
+    if all(cold): return best.tolist()
+    luck = [0. if c else float(torch.rand(1, generator=g)) for c, g in zip(cold, draws)]
     told = [(s.temperature if s.temperature > 0 else 1., s.top_p, s.top_k or logits.shape[1], s.min_p, u)
             for s, u in zip(hows, luck)]
     warm, *told = torch.tensor(told, device=logits.device).T[:, :, None]
     drawn = draw_among(logits/warm, *told)
-    return torch.where(torch.tensor([s.temperature <= 0 for s in hows], device=logits.device), best, drawn).tolist()
+    return torch.where(torch.tensor(cold, device=logits.device), best, drawn).tolist()
 
 def next_token(logits:torch.Tensor, # (vocabulary,)
                said:list[int], s:Sampling, draw:torch.Generator|None=None) -> int:
@@ -108,16 +110,18 @@ class Request:
     ring: Callable|None = None   # called when there is something in it
     cancelled: threading.Event = field(default_factory=threading.Event)
 
-    def pieces(self, timeout:float|None=None # seconds between two pieces, at most
-              ) -> Iterator[str]:
-        "What is said, as it is said; leaving early cancels the rest."
-        if self.flow is not None:
-            yield from self.flow
-            return
-        try:
-            while (p := self.out.get(timeout=timeout)) is not None: yield p
-        except queue.Empty: raise TimeoutError('nothing was said for too long') from None
-        finally: self.cancelled.set()
+# %% ../nbs/chat/sampling.ipynb #da4396f0
+@patch
+def pieces(self:Request, timeout:float|None=None # seconds between two pieces, at most
+          ) -> Iterator[str]:
+    "What is said, as it is said; leaving early cancels the rest."
+    if self.flow is not None:
+        yield from self.flow
+        return
+    try:
+        while (p := self.out.get(timeout=timeout)) is not None: yield p
+    except queue.Empty: raise TimeoutError('nothing was said for too long') from None
+    finally: self.cancelled.set()
 
 # %% ../nbs/chat/sampling.ipynb #5a4d0002
 class Speaker(Protocol):

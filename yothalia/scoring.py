@@ -14,6 +14,7 @@ from array import array
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from operator import attrgetter
 from weakref import WeakKeyDictionary
 
 # %% ../nbs/benchmark/scoring.ipynb #c0c59c18
@@ -94,13 +95,15 @@ def add_item(pack:Pack, k:int, item:Item, # the pack, the item's number, the ite
              # the card it shares, and where that lies if it is in this pack
              card:'SharedPrefix|None'=None, at:Segment|None=None):
     "Grow an item's tree in the pack: its context (without the card's part), then a branch for each choice."
-    known = card.length if card else 0
-    above = ((at.start, at.end),) if at else ()
-    outside = card if card and not at else None
+    known, above, outside = 0, (), None
+    if card: known, outside = card.length, card
+    if at: above, outside = ((at.start, at.end),), None
     stem = pack.add(item.context[known:], known, above, outside)
     for j, c in enumerate(item.choices):
-        branch = pack.add(c[:-1], len(item.context), (*above, (stem.start, stem.end)), outside) if len(c) > 1 else None
-        seen = [stem.end-1, *(range(branch.start, branch.end) if branch else ())]
+        seen = [stem.end-1]
+        if len(c) > 1:
+            branch = pack.add(c[:-1], len(item.context), (*above, (stem.start, stem.end)), outside)
+            seen += range(branch.start, branch.end)
         pack.targets += [(p, t, k, j) for p, t in zip(seen, c)]
 
 @dataclass
@@ -151,20 +154,22 @@ def make_level(runs, device, causal=False) -> Level: # (first query, end, first 
 
 # %% ../nbs/benchmark/scoring.ipynb #7695ff07
 # levels, cards from outside in the order of their keys
+def _join(runs:list, start:int, end:int, span:tuple):
+    "Add a stretch of queries that see `span`; neighbours that see the same become one."
+    last = runs[-1] if runs else None
+    if last and last[1] == start and last[2:] == span: runs[-1] = (last[0], end, *span)
+    else: runs.append((start, end, *span))
+
 def pack_levels(pack:Pack, device='cpu') -> tuple[list[Level], list]:
     """Level 0: each segment by itself, causal. Then a level for each step down from the root; neighbours with the same
     ancestor form one run. Cards from earlier packs come before the pack's own keys."""
     cards = list({id(s.card): s.card for s in pack.segments if s.card}.values())
-    ends = np.cumsum([0, *(c.length for c in cards)])
-    first = int(ends[-1])
-    lies = {id(c): (int(a), int(b)) for c, a, b in zip(cards, ends, ends[1:])}
-    runs = defaultdict(list)
+    lies, first, runs = {}, 0, defaultdict(list)
+    for c in cards: lies[id(c)], first = (first, first + c.length), first + c.length
     for s in pack.segments:
-        above = ([lies[id(s.card)]] if s.card else []) + [(a+first, b+first) for a, b in s.chain]
-        for d, span in enumerate(above):
-            last = runs[d][-1] if runs[d] else None
-            if last and last[1] == s.start and last[2:] == span: runs[d][-1] = (last[0], s.end, *span)
-            else: runs[d].append((s.start, s.end, *span))
+        above = [(a+first, b+first) for a, b in s.chain]
+        if s.card: above.insert(0, lies[id(s.card)])
+        for d, span in enumerate(above): _join(runs[d], s.start, s.end, span)
     own = [(s.start, s.end, s.start+first, s.end+first) for s in pack.segments]
     return [make_level(own, device, True), *(make_level(r, device) for r in runs.values())], cards
 
@@ -196,7 +201,7 @@ def in_levels(query, key, value, pack, layer, scale) -> torch.Tensor: # (1, head
     parts = [level_attention(q[l.q], k[l.k], v[l.k], l, scale) for l in levels]
     total = parts[0][1].float().clone()
     for l, (_, lse) in zip(levels[1:], parts[1:]): total[:, l.q] = torch.logaddexp(total[:, l.q], lse.float())
-    weight = lambda l, lse: (lse.float()-total[:, l.q]).exp().T.unsqueeze(-1)
+    def weight(l, lse): return (lse.float()-total[:, l.q]).exp().T.unsqueeze(-1)
     out = parts[0][0]*weight(levels[0], parts[0][1])
     for l, (o, lse) in zip(levels[1:], parts[1:]): out[l.q] += o*weight(l, lse)
     return out.to(query.dtype).transpose(0, 1).unsqueeze(0)
@@ -326,16 +331,18 @@ def _short(i:Item, context:int=192, reply:int=48) -> Item:
 
 def unfit(model, items:list[Item]) -> str: # why the tree cannot be used, or ''
     "Score two items by the tree, with a card carried over, and by the plain road; say what differs beyond rounding."
-    one, two = (sorted(map(_short, items[:32]), key=lambda i: i.size)[k] for k in (len(items[:32])//2, 0))
+    by_size = sorted(map(_short, items[:32]), key=lambda i: i.size)
+    one, two = by_size[len(by_size)//2], by_size[0]
     few = [one, Item(one.context[:-1]+two.context[-1:], two.choices)]  # two items with a card in common
     # nats for each root of a token: what is rounded at random adds up like that
-    close = 1e-3 if model.dtype == torch.float32 else .5
+    close = .5
+    if model.dtype == torch.float32: close = 1e-3
     try: got = dict(tree_scores(model, few, max(i.size for i in few)))
     except Exception as e: return f'{type(e).__name__}: {e}'
     gaps = [np.abs(got[k]-plain_scores(model, i)) / np.sqrt([len(c) for c in i.choices]) for k, i in enumerate(few)]
     worst = max(float(g.max()) for g in gaps)
-    return '' if worst < close else (f'replies differ by up to {worst:.2g} nats a root of their tokens from the plain '
-                                     f'road')
+    if worst < close: return ''
+    return f'replies differ by up to {worst:.2g} nats a root of their tokens from the plain road'
 
 _checked = WeakKeyDictionary() # model → why the tree cannot be used, or ''
 
@@ -370,15 +377,19 @@ def score_items(model, items:list[Item], # any decoder-only model, plain, quanti
         yield from score_items(model, items, budget, frozenset(seen))
 
 # %% ../nbs/benchmark/scoring.ipynb #2bc09c1d
+def _multiplied(model) -> int: # elements
+    "The size of the matrices that every token is multiplied by."
+    aside = 'embed', 'lm_head', 'wte', 'wpe'
+    return sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2 and not any(a in n for a in aside))
+
 def road_costs(model, items:list[Item], budget:int=1024) -> pd.DataFrame: # a line a road: tokens, rows of logits, TFLOP
     """Tokens read and floating-point operations of scoring the items whole, as single trees, and as packs that share
     cards (attention's own products left out)."""
     c = model.config.get_text_config()
     head = c.hidden_size*c.vocab_size
-    body = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2 and 'embed' not in n
-               and 'lm_head' not in n and 'wte' not in n and 'wpe' not in n)
+    body = _multiplied(model)
     whole = sum(len(i.context)+len(x)-1 for i in items for x in i.choices)
-    single, made = sum(i.size for i in items), list(packs(items, range(len(items)), budget))
+    single, made = sum(map(attrgetter('size'), items)), list(packs(items, range(len(items)), budget))
     rows = sum(len({t[0] for t in p.targets}) for p in made)
     roads = {'whole texts': (whole, whole), 'trees': (single, rows),
              'packs with cards': (sum(len(p.ids) for p in made), rows)}

@@ -66,6 +66,7 @@ def cast_of(cfg:ServeConfig) -> dict[str,Character]: # name of the model → cha
         who[slug(one.name)] = one
     return who
 
+# %% ../nbs/chat/serve.ipynb #28dbcc39
 def own_adapters(cfg:ServeConfig, who:dict) -> dict[str,str]: # name of the model → folder, or name at the engine behind
     "The adapters that characters have for themselves: folders, or runs that trained one."
     out = {}
@@ -79,6 +80,7 @@ def own_adapters(cfg:ServeConfig, who:dict) -> dict[str,str]: # name of the mode
         if not cfg.engine: find_adapter(out[slug(name)])
     return out
 
+# %% ../nbs/chat/serve.ipynb #7333c8b4
 def stage_of(cfg:ServeConfig) -> Stage:
     "The same with one model for all of them, here or behind an address."
     who, place, tok = cast_of(cfg), run_adapter(cfg.out, cfg.adapter), load_tokenizer(cfg.model)
@@ -145,6 +147,7 @@ def likely_of(body:dict) -> int|None: # None where nothing is to be shown
     if top and not body.get('logprobs'): raise Refused(400, 'top_logprobs needs logprobs to be true.', 'top_logprobs')
     return top if body.get('logprobs') else None
 
+# %% ../nbs/chat/serve.ipynb #ba497244
 def messages_of(body:dict) -> list[dict]: # role, text
     "The messages, each a role and a text."
     every = body.get('messages')
@@ -172,6 +175,7 @@ def conditions(self:Stage, name:str) -> list[str]:
     "How a character can be talked to: the best first."
     return [c for c in ('both', 'prompt', 'lora', 'base') if self.wears.get(name, self.adapter) or not CONDITIONS[c][1]]
 
+# %% ../nbs/chat/serve.ipynb #064bf2d5
 @patch
 def request_of(self:Stage, body:dict) -> Request:
     "What the engine is asked for."

@@ -101,11 +101,12 @@ def results_page(folder:Path # with records
                 ) -> str: # Markdown
     "What the records of a recipe say."
     every = load_records(folder)
-    by = {step: [r for r in every if r['what'].get('step') == step] for step in TABLES}
     made = sorted({(r['run']['commit'][:7], r['run']['time'][:10], r['run']['name']) for r in every})
     recipe = project_root()/'runs'/f'{folder.name}.yml'
     parts = [f'---\ntitle: {folder.name}\n---\n', *(f'- {s}' for s in findings(folder)), '']
-    parts += [table_of(step, records) for step, records in by.items() if records]
+    for step in TABLES:
+        records = [r for r in every if r['what'].get('step') == step]
+        if records: parts.append(table_of(step, records))
     parts += [f'## Recipe\n\n```yaml\n{recipe.read_text(encoding="utf-8")}```\n'] * recipe.exists()
     source = [f'- commit `{c}`, {d}, {n}' for c, d, n in made]
     return '\n'.join([*parts, f'## Where it comes from\n\n{len(every)} records\n', *source, ''])
@@ -128,6 +129,7 @@ def site_config(out:Path, # with the staged pages
     api = dict(packages=['yothalia'], out='api', root=str(project_root()), source=blob)
     return cfg | dict(smalldocs=dict(api=api))
 
+# %% ../nbs/run/site.ipynb #36cfefb3
 def stage(out:Path) -> int: # pages
     "Write everything that the site is made of into a folder."
     root, blob, sentences = project_root(), repository(), plot_sentences()

@@ -217,6 +217,7 @@ def sbatch(file:Path, # a batch file
     if got.returncode: raise RunError(f'sbatch refused {tidy(file)}: {said}')
     return got.stdout.strip().split(';')[0]
 
+# %% ../nbs/run/slurm.ipynb #3e9dc322
 def fetched_data(data:str) -> bool:
     "Whether a data set of the hub is in the cache."
     from huggingface_hub.constants import HF_HUB_CACHE
@@ -226,7 +227,9 @@ def fetched_data(data:str) -> bool:
 
 def needs_network(planned:dict[str,Config]) -> list[str]: # what is missing
     "Models and data that a step would have to fetch."
-    def there(m): return (cache_dir()/'models'/EMBEDDED/'seal.json').exists() if m == EMBEDDED else find_model(m) != 'hub'
+    def there(m):
+        if m == EMBEDDED: return (cache_dir()/'models'/EMBEDDED/'seal.json').exists()
+        return find_model(m) != 'hub'
     models = {c.model for c in planned.values() if hasattr(c, 'model')} | {EMBEDDED}
     data = planned['01_data'].data if '01_data' in planned else 'sample'
     remote = data not in SHIPPED and not rooted(data).exists() and not fetched_data(data)
@@ -316,6 +319,7 @@ def last_lines(file:Path|None, n:int=6) -> str:
     said = [l for l in file.read_text(encoding='utf-8', errors='replace').splitlines() if l.strip()]
     return '\n'.join(said[-n:])
 
+# %% ../nbs/run/slurm.ipynb #007574a5
 def loss_or_score(folder:Path, step:str) -> str:
     "What a step has found so far, in a word."
     if step == '02_lora':
@@ -326,7 +330,7 @@ def loss_or_score(folder:Path, step:str) -> str:
     if step != '04_benchmark': return ''
     some = [r for r in load_records(folder/'records', step='benchmark', mode='cloze')
             if r['what']['condition'] in ('prompt', 'both')]
-    score = lambda r: r['metrics'][f"accuracy {r['what']['headline']}"]['value']
+    def score(r): return r['metrics'][f"accuracy {r['what']['headline']}"]['value']
     def said(r): return f"{r['what']['track']} {r['what']['condition']} {score(r):.2f}"
     return ', '.join(map(said, some[:2]))
 
@@ -341,10 +345,11 @@ def step_state(folder:Path, step:str, key:str, job:dict|None, # as Slurm tells i
     if is_done(folder, step, key):
         took = json.loads(done_mark(folder, step).read_text())['seconds']
         return dict(state='done', far=f'{took:.0f} s', note=loss_or_score(folder, step))
-    state = job['JobState'].lower() if job else 'not running' if outs else 'not begun'
-    restarted = f"restarted {job['Restarts']} times" if job and job.get('Restarts', '0') != '0' else ''
+    state, restarted = 'not running' if outs else 'not begun', ''
+    if job: state = job['JobState'].lower()
+    if job and job.get('Restarts', '0') != '0': restarted = f"restarted {job['Restarts']} times"
     why = (job or {}).get('Reason', '').replace('None', '')
-    note = lambda *some: '; '.join(filter(None, [*some, restarted]))
+    def note(*some): return '; '.join(filter(None, [*some, restarted]))
     if state == 'completed': return dict(state='not done', far='', note='it ended well, with other code or parameters')
     if state == 'running':
         far = told.read_text() if told.exists() else job['RunTime']
@@ -387,6 +392,7 @@ def collected(folder:Path): # a table
     lines = {k: v for k, v in lines.items() if v}
     return pd.DataFrame.from_dict(lines, orient='index')
 
+# %% ../nbs/run/slurm.ipynb #8b8205a8
 def plot_collected(table, keys:list[str]=()): # columns; else the first four that differ
     "Forest plots of what differs between runs."
     import matplotlib.pyplot as plt

@@ -40,16 +40,21 @@ class SpecificityConfig(HeldConfig):
     max_reply: int = Field(128, ge=8)
 
 # %% ../nbs/studies/specificity.ipynb #1e586f11
+def _by_character(train:list[dict], test:list[dict], seed:int) -> dict: # language → character → (train, test)
+    found = defaultdict(lambda: defaultdict(lambda: ([], [])))
+    for i in np.random.default_rng(seed).permutation(len(train)):
+        found[train[i]['lang']][train[i]['character']][0].append(train[i])
+    for r in crossed_lines_first(test): found[r['lang']][r['character']][1].append(r)
+    return found
+
+# %% ../nbs/studies/specificity.ipynb #c0551909
 def parts_of(train:list[dict], test:list[dict], # rows
              languages=(), characters:int=0, train_rows:int=0, test_rows:int=0, seed:int=0
             ) -> dict[str,dict[str,tuple]]: # language → character → (rows to learn, rows to be asked about)
     """The rows of each character, the same number for all; characters with the most rows first. A `DataError` if no
     language has two."""
-    rng, found = np.random.default_rng(seed), defaultdict(lambda: defaultdict(lambda: ([], [])))
-    for i in rng.permutation(len(train)): found[train[i]['lang']][train[i]['character']][0].append(train[i])
-    for r in crossed_lines_first(test): found[r['lang']][r['character']][1].append(r)
     out = {}
-    for lang, of in found.items():
+    for lang, of in _by_character(train, test, seed).items():
         if languages and lang not in languages: continue
         able = sorted((c for c, (a, b) in of.items() if len(a) > 1 and b), key=lambda c: (-len(of[c][0]), c))
         able = able[:characters or None]
@@ -61,6 +66,7 @@ def parts_of(train:list[dict], test:list[dict], # rows
     raise DataError('no language has two characters with rows to learn and to be asked about: bring more '
                     'characters, or choose other languages')
 
+# %% ../nbs/studies/specificity.ipynb #4186e137
 def crossed_lines_first(rows:list[dict]) -> list[dict]:
     "Rows whose line several characters answered come first, those that the most answered before all."
     lines = sorted(crossed(rows), key=lambda of: -len({rows[i]['character'] for i in of}))
@@ -187,7 +193,8 @@ def plot_specificity(lines:list[dict], # one per reply
     size = [len(m) for m in by.values()]
     fig, axes = plt.subplots(1, len(by), figsize=(1.05*sum(size)+2.5*len(by), .55*max(size)+2.2), width_ratios=size,
                              squeeze=False, layout='constrained')
-    low, high = min(m.min(axis=None) for m in by.values()), max(m.max(axis=None) for m in by.values())
+    every = np.concatenate([m.to_numpy().ravel() for m in by.values()])
+    low, high = np.nanmin(every), np.nanmax(every)
     for k, (ax, (lang, m)) in enumerate(zip(axes[0], by.items())):
         sns.heatmap(m, ax=ax, annot=True, fmt='.2f', cmap='viridis', vmin=low, vmax=high, cbar=k == len(by)-1,
                     cbar_kws=dict(label='nats per token'), annot_kws=dict(size=8))

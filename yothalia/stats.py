@@ -72,6 +72,13 @@ def overview(source:str|Path|list[dict], # a folder or records
                                       sort=False)['conditions'].agg(', '.join).reset_index()
 
 # %% ../nbs/benchmark/stats.ipynb #61ea6aa9
+def _mixed(records, along:str) -> list[str]: # in words
+    "The settings beside `along` in which records differ."
+    apart = [k for k in SETTINGS if k != along and not (along == 'condition' and k == 'template')]
+    varies = {k: {str(setting(r, k)) for r in records} for k in apart}
+    if along == 'condition': varies['adapter'] = {r['what'].get('adapter') for r in records} - {None, ''}
+    return [f'{k} ({", ".join(sorted(v))})' for k, v in varies.items() if len(v) > 1]
+
 def one_each(records:list[dict], # that shall be compared
              along:str='condition' # the setting in which they may differ
             ) -> dict: # its value → record
@@ -82,14 +89,12 @@ def one_each(records:list[dict], # that shall be compared
         key = setting(r, along)
         if key in out: raise StatsError(f'two records have {along} {key!r}: say which is meant' + _apart(out[key], r))
         out[key] = r
-    apart = [k for k in SETTINGS if k != along and not (along == 'condition' and k == 'template')]
-    varies = {k: {str(setting(r, k)) for r in out.values()} for k in apart}
-    if along == 'condition': varies['adapter'] = {r['what'].get('adapter') for r in out.values()} - {None, ''}
-    if mixed := [f'{k} ({", ".join(sorted(v))})' for k, v in varies.items() if len(v) > 1]:
+    if mixed := _mixed(out.values(), along):
         raise StatsError(f'these records differ in more than {along}: {"; ".join(mixed)}. Name one of each')
     if along == 'condition': return {c: out[c] for c in CONDITIONS if c in out} | out
     return {k: out[k] for k in sorted(out, key=lambda v: (str(type(v)), v))}
 
+# %% ../nbs/benchmark/stats.ipynb #43563c73
 def _apart(a:dict, b:dict) -> str: # records
     "In what two records differ, in words."
     both = [(k, setting(a, k), setting(b, k)) for k in (*SETTINGS, 'adapter')]
@@ -245,18 +250,19 @@ def discordant_share(accuracy:float,
 
 # %% ../nbs/benchmark/stats.ipynb #ff7f9f50
 def questions_needed(difference:float, # of accuracies that shall be found, e.g. 0.03
-                     discordant:float|None=None, # share of questions on which the two disagree, from a pilot; None: from the next two
+                     discordant:float|None=None, # share of questions on which the two disagree, from a pilot;
+                     # None: what the next two say
                      accuracy:float=.75, correlation:float=.6, # of the first condition; between the answers of the two
                      design_effect:float=1., # from a pilot; below 1 counts as 1
-                     comparisons:int=1, # how many are made: alpha is divided by it, as Holm does at its first step
-                     power:float=.8, alpha:float=.05) -> int:
+                     power:float=.8, alpha:float=.05 # of several comparisons: divided by their number, as by Holm
+                    ) -> int:
     "How many paired questions find a difference with the given power (Connor 1987)."
     d = abs(difference)
     psi = discordant_share(accuracy, difference, correlation) if discordant is None else discordant
     if not 0 < d <= psi <= 1:
         raise StatsError(f'a difference of {d:g} with a discordant share of {psi:g}: it must lie between 0 and that '
                          f'share')
-    a, b = _z(alpha/comparisons, power)
+    a, b = _z(alpha, power)
     return int(np.ceil((a*psi**.5 + b*(psi-d*d)**.5)**2 / d**2 * max(design_effect, 1)))
 
 # %% ../nbs/benchmark/stats.ipynb #d165420a
@@ -304,6 +310,7 @@ def estimate(values, clusters, # (n,) and (n,)
                 detectable=float(see) or np.nan, design_effect=effect, n=len(values), clusters=names,
                 resampled='characters' if names > 1 else 'questions')
 
+# %% ../nbs/benchmark/stats.ipynb #6090e90c
 def paired_difference(a, b, # (n,) right or wrong in the first and the second condition, the same questions
                       clusters, # (n,) characters
                       draws:int=10_000, seed:int=0, level:float=.95, power:float=.8, sets=None # (n,) closed sets
@@ -361,8 +368,9 @@ def say(row, # a line of `compare`, or a dict with its columns
     text += f", {row['won']} won, {row['lost']} lost, p {p:.2g}{' (Holm)' if 'p_holm' in row else ''}"
     who = f"{row['n']} questions of {row['clusters']} character" + 's'*(row['clusters'] != 1)
     see = 'no difference at all' if np.isnan(row['detectable']) else f"{100*row['detectable']:.1f} points"
-    few = f" With {row['clusters']} characters p cannot fall below {2/2**row['clusters']:.2g}." if 1 < row['clusters'] < 6 else ''
-    return f'{text}{"" if p <= alpha else ": not shown"}. {who} show {see} in 80 of 100 runs.{few}'
+    few = 1 < row['clusters'] < 6
+    least = f" With {row['clusters']} characters p cannot fall below {2/2**row['clusters']:.2g}." if few else ''
+    return f'{text}{"" if p <= alpha else ": not shown"}. {who} show {see} in 80 of 100 runs.{least}'
 
 # %% ../nbs/benchmark/stats.ipynb #9311e978
 EFFECTS = { # name → (family, weight of each condition)

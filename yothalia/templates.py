@@ -98,7 +98,8 @@ def compare_templates(cfg:TemplatesConfig, model, tok, rows:dict) -> list[dict]:
     qs, folder = template_questions(rows['valid'], cfg.questions, cfg.options, cfg.seed), rooted(cfg.out)/'records'
     names = list(dict.fromkeys(['persona', *(cfg.templates or [t for t in TEMPLATES if t != 'bare'])]))
     lines = {t: score_template(cfg, model, tok, qs, t, rows['train']) for t in names}
-    found = {t: template_metrics(lines[t], lines['persona'] if t != 'persona' else None) for t in names}
+    found = dict(persona=template_metrics(lines['persona'], None))
+    found |= {t: template_metrics(lines[t], lines['persona']) for t in names[1:]}
     p = 'gain over persona p'
     for t, corrected in zip(names[1:], holm([found[t][p]['value'] for t in names[1:]])):
         found[t][p] = metric(float(corrected), 'p (Holm)', len(qs))
@@ -117,7 +118,7 @@ def template_table(records:list[dict]) -> pd.DataFrame: # one line per template,
     rows = []
     for r in sorted(records, key=lambda r: -r['metrics']['gain']['value']):
         m = r['metrics']
-        short = lambda k: '{:+.3f} [{:+.3f}, {:+.3f}]'.format(m[k]['value'], *m[k]['interval']) if k in m else ''
+        def short(k): return '{:+.3f} [{:+.3f}, {:+.3f}]'.format(m[k]['value'], *m[k]['interval']) if k in m else ''
         p = m.get('gain over persona p')
         rows.append({'': '→' if r['what']['chosen'] else '', 'template': template_name(r), 'gain': short('gain'),
                      'of other personas': short('gain of other personas'), 'specificity': short('specificity'),

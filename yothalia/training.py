@@ -129,7 +129,8 @@ class Training:
         self.flat, self.at, self.asked = Flat(model, told.ratio), Progress(), False
         self.fused, self.liger = self.fuse_layers(), False
         self.sharded, self.recomputed, self.limit = sharded(model), False, 0.
-        self.graphs, self.stream, self.pool = {}, None, torch.cuda.MemPool() if self.device.type == 'cuda' else None
+        self.graphs, self.stream, self.pool = {}, None, None
+        if self.device.type == 'cuda': self.pool = torch.cuda.MemPool()
         fits = self.device.type == 'cuda' and can_pack(model) and frozen_head(plain(model)) and not self.sharded
         self.sizes, self.graphs_fit = [], fits and self.fused > 0
         self.loss = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -287,10 +288,13 @@ def packs(self:Training, i:int) -> list[Packed]: # of this process
 def packing(self:Training, i:int, rank:int|None=None # of another process
            ) -> list[list[int]]: # for each pack its examples
     "Which examples go into which pack of a step: as few packs as need be, and those alike."
-    mine = share_out(self.batches[i], self.lengths, self.processes)[self.rank if rank is None else rank]
+    if rank is None: rank = self.rank
+    mine = share_out(self.batches[i], self.lengths, self.processes)[rank]
     packs = [[mine[k] for k in p] for p in pack_lengths([self.lengths[k] for k in mine], self.size)]
-    even = share_out(mine, self.lengths, len(packs)) if packs else []
-    return even if all(sum(self.lengths[k] for k in p) <= self.size for p in even) else packs
+    if not packs: return []
+    even = share_out(mine, self.lengths, len(packs))
+    if all(sum(self.lengths[k] for k in p) <= self.size for p in even): return even
+    return packs
 
 # %% ../nbs/lora/training.ipynb #02c0000fy
 @patch

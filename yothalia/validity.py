@@ -16,7 +16,7 @@ from .core import *
 from .core import Config, Field
 from .models import *
 from .data import data_hash, sample_rows
-from .prompts import CONDITIONS, PERSONA, Template
+from .prompts import COLOURS, CONDITIONS, PERSONA, Template
 from .questions import TRACKS, VIEWS, learned_rule, load_questions, make_questions, questions_hash, views
 from .benchmark import Asking, BenchmarkConfig, headline_of, right, score_cloze, split_kind
 from .stats import StatsError, benchmark_records, estimate
@@ -71,7 +71,8 @@ def reordered_gap(model, tok, qs:list[dict], # questions of one track
     cfg, gaps, changed = BenchmarkConfig(questions=len(qs)), [], []
     turned = [reorder(q, seed) for q in qs]
     with tempfile.TemporaryDirectory() as box:
-        score = lambda some, name: dict(score_cloze(model, tok, some, cfg, Asking(template, prior=(Path(box)/name, ''))))
+        def score(some, name):
+            return dict(score_cloze(model, tok, some, cfg, Asking(template, prior=(Path(box)/name, ''))))
         before, after = score(qs, 'before'), score([q for q, _ in turned], 'after')
     for k, (_, order) in enumerate(turned):
         a, b = np.array(before[k]['sum'])[order], np.array(after[k]['sum'])
@@ -121,11 +122,13 @@ def track_validity(cfg:ValidityConfig, track:str, qs:list[dict], records:list[di
                 model=model_name(cfg.model), precision=cfg.precision, split=split_kind(cfg.out))
     return save_record(rooted(cfg.out)/'records'/f'validity-{track}.json', what, metrics, cfg.model_dump())
 
+# %% ../nbs/studies/validity.ipynb #166c6dde
 def validity(cfg:ValidityConfig) -> list[dict]: # records
     "Check every track that a run's benchmark has asked."
     try: got = benchmark_records(rooted(cfg.out)/'records', mode='cloze')
     except StatsError: return []
-    lm, tok = (load_model(cfg.model, cfg.precision), load_tokenizer(cfg.model)) if cfg.reordered else (None, None)
+    lm, tok = None, None
+    if cfg.reordered: lm, tok = load_model(cfg.model, cfg.precision), load_tokenizer(cfg.model)
     of = {t: [r for r in got if r['what']['track'] == t] for t in TRACKS}
     asked = {t: load_questions(rooted(cfg.out)/f'questions-{t}.jsonl', rs[0]['what']['questions_hash'])
              for t, rs in of.items() if rs}
@@ -145,11 +148,15 @@ def validity_table(records:list[dict] # of this step
     return pd.DataFrame(rows).fillna('') if rows else pd.DataFrame()
 
 # %% ../nbs/studies/validity.ipynb #1931dc9c
+def _colour(name:str, fair:list[str]) -> str: # a metric; the views that know the character by its words
+    if name.endswith(' accuracy'): return COLOURS[name.split()[0]]
+    return '#8c510a' if name in fair else '#949494'
+
+# %% ../nbs/studies/validity.ipynb #6c0fcac7
 def plot_validity(records:list[dict], # of this step
                   ax=None):
     "Learned rules and shuffled personas (grey) beside the model's accuracy, track by track."
     import matplotlib.pyplot as plt
-    from yothalia.prompts import COLOURS
     records = sorted(records, key=lambda r: list(TRACKS).index(r['what']['track']))[::-1]
     ax = ax or plt.subplots(figsize=(8.5, 1.2*len(records)+1), layout='constrained')[1]
     for y, r in enumerate(records):
@@ -157,7 +164,7 @@ def plot_validity(records:list[dict], # of this step
         shown = [k for k, m in r['metrics'].items() if m['unit'] == 'accuracy' and m['interval']]
         for j, k in enumerate(shown):
             m, h = Metric(r['metrics'][k]), y + .38 - .76*(j+.5)/len(shown)
-            colour = COLOURS[k.split()[0]] if k.endswith(' accuracy') else '#8c510a' if k in fair else '#949494'
+            colour = _colour(k, fair)
             ax.plot(m['interval'], [h, h], color=colour, lw=2, solid_capstyle='round')
             ax.plot(m['value'], h, 'o', color=colour, ms=4)
             ax.annotate(k, (m['interval'][1], h), xytext=(5, 0), textcoords='offset points', va='center', fontsize=7,

@@ -76,11 +76,13 @@ def asked_of(cfg:VerifyConfig) -> Asked:
 # %% ../nbs/run/verify.ipynb #05a00025
 def items_of(asked:Asked, tok) -> tuple[list[Item], list[list[Item]]]: # one per row; those of each question
     "What is asked, as token ids of one contestant."
-    persona = lambda q: TRACKS[q['track']].varies == 'persona'
-    of = lambda q: [question_item(q | dict(instruction=p, choices=[q['reply']]), tok, asked.template)
-                    for p in q['choices']] if persona(q) else [question_item(q, tok, asked.template)]
-    return [question_item(r | dict(choices=[r['reply']]), tok, asked.template, 1024) for r in asked.rows], [of(q)
-        for q in asked.questions]
+    def alone(q, persona):
+        return question_item(q | dict(instruction=persona, choices=[q['reply']]), tok, asked.template)
+    def of(q):
+        if TRACKS[q['track']].varies == 'persona': return [alone(q, p) for p in q['choices']]
+        return [question_item(q, tok, asked.template)]
+    rows = [question_item(r | dict(choices=[r['reply']]), tok, asked.template, 1024) for r in asked.rows]
+    return rows, [of(q) for q in asked.questions]
 
 @dataclass
 class ExportAnswers:
@@ -99,8 +101,7 @@ def answers_of(asked:Asked, tok, score, # score(items) → for each item the nat
                stops=()) -> ExportAnswers:
     "Have a contestant answer: of the choices of a question, the likeliest by the mean per token."
     rows, qs = items_of(asked, tok)
-    flat = [i for i in rows] + [i for some in qs for i in some]
-    got = score(flat)
+    got = score(rows + [i for some in qs for i in some])
     at, right = len(rows), []
     for q, some in zip(asked.questions, qs):
         s = np.concatenate(got[at:at+len(some)])
@@ -122,7 +123,8 @@ def scatter(a:ExportAnswers, b:ExportAnswers) -> float: # nats per token
     "Mean absolute difference of two contestants' log-likelihoods, per token of the reply."
     return float(np.mean(np.abs(a.nats - b.nats)/a.tokens))
 
-def share_kept(tested:ExportAnswers, base:ExportAnswers, export:ExportAnswers, # with and without the adapter as it was tested; the export
+def share_kept(tested:ExportAnswers, base:ExportAnswers, # with and without the adapter, as it was tested
+               export:ExportAnswers,
                bare:ExportAnswers # the base model at the export's precision
               ) -> dict: # a metric
     """The part of the adapter's gain on held-out replies that an export still has; interval of a ratio by the delta
@@ -156,7 +158,9 @@ class Verdict:
         wrong = [k for k, (ok, _) in self.checks.items() if ok is False]
         if self.same: return 'It is the character that was tested.'
         if not wrong: return 'Nothing speaks against it, but these rows are too few to say that the character is kept.'
-        return 'It is the model that was tested, but much of the character is lost at this precision.' if wrong == ['character'] else 'It is NOT the model that was tested.'
+        if wrong == ['character']:
+            return 'It is the model that was tested, but much of the character is lost at this precision.'
+        return 'It is NOT the model that was tested.'
     __repr__ = __str__
 
 # %% ../nbs/run/verify.ipynb #05a0002c
@@ -175,10 +179,12 @@ def stop_check(tok, tested:ExportAnswers, export:ExportAnswers) -> tuple:
     if not export.stops: return None, 'it does not say where it ends'
     ends = {r[-1] for r in tested.replies}
     missing = ends - export.stops
-    return not missing, f'it ends at {", ".join(repr(tok.decode([t])) for t in sorted(ends-missing))}' if not missing else f'it does not end at {", ".join(repr(tok.decode([t])) for t in sorted(missing))}: replies will run on'
+    marks = ', '.join(repr(tok.decode([t])) for t in sorted(missing or ends))
+    return not missing, f'it does not end at {marks}: replies will run on' if missing else f'it ends at {marks}'
 
 # %% ../nbs/run/verify.ipynb #05a0002d
-def weights_check(tested:ExportAnswers, base:ExportAnswers, rounding:float, export:ExportAnswers, same:ExportAnswers|None) -> tuple:
+def weights_check(tested:ExportAnswers, base:ExportAnswers, rounding:float,
+                  export:ExportAnswers, same:ExportAnswers|None) -> tuple:
     "Whether the replies are as likely as the same weights make them; says so where they are those of the base model."
     near = max(3*rounding, LEAST)
     if export.prompts != tested.prompts: return None, 'other prompts, so that nothing can be said of the weights'
@@ -200,7 +206,8 @@ def character_check(kept:dict, fair:dict|None) -> tuple: # of the export, and of
 # %% ../nbs/run/verify.ipynb #05a0002e
 def compare_export(tok, tested:ExportAnswers, base:ExportAnswers, # with and without the adapter, as it was tested
                    rounding:float, # nats per token: between the adapter beside the weights and merged into them
-                   export:ExportAnswers, same:ExportAnswers|None=None, # the export, and the same weights held as it holds them
+                   export:ExportAnswers,
+                   same:ExportAnswers|None=None, # the same weights, held as the export holds them
                    bare:ExportAnswers|None=None # the base model, held so
                   ) -> Verdict:
     "All checks of an export."
@@ -320,7 +327,7 @@ def verdict(self:Reference, export:ExportAnswers, precision:str) -> Verdict:
 # %% ../nbs/run/verify.ipynb #05a0003g
 def verify_export(cfg:VerifyConfig, place:str, # a folder, a GGUF file, or a server's address up to /v1
                   name:str='', # of the model at the server
-                  precision:str='' # at which its weights are held; else read from the folder, and unknown of GGUF files and servers
+                  precision:str='' # of its weights; else read from the folder, and unknown of GGUF files and servers
                  ) -> Verdict:
     "Ask somebody's export what the run's model was asked."
     served = place.startswith(('http://', 'https://'))
