@@ -140,6 +140,7 @@ def full_check(cfg:DataConfig, model:str, console):
 
 def short_check(cfg:DataConfig, console):
     "Print the short form."
+    console.print(f'Looking at {cfg.data}, before anything runs', style='dim', markup=False)
     said = contents(looked_at(cfg))
     for what in ('rows', 'characters', 'languages', 'personas', 'split'): _say(console, what, said[what])
     console.print()

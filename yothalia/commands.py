@@ -44,7 +44,8 @@ def one_sentence(): # the console
         console.print(str(e), markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1)
 
-Recipe = Annotated[str, typer.Argument(help='a YAML file with parameters, or the name of a shipped recipe')]
+Recipe = Annotated[str, typer.Argument(help='a YAML file with parameters, or the name of a shipped recipe; '
+                                              'else the defaults for rows of your own, or the sample')]
 Parameters = Annotated[list[str], typer.Option('-p', help='name=value, or step.name=value; overrides the recipe')]
 Name = Annotated[str, typer.Option('--name', help='the run is kept in _runs/NAME')]
 Steps = Annotated[list[str], typer.Option('--steps', help='only these steps, e.g. 01_data,04_benchmark')]
@@ -70,7 +71,7 @@ def takes(defaults:dict, # option → default, which says its type
 
 # %% ../nbs/run/commands.ipynb #e9c30a39
 @app.command()
-def run(recipe: Recipe='sample', parameter: Parameters=[], name: Name='default', steps: Steps=[],
+def run(recipe: Recipe='', parameter: Parameters=[], name: Name='default', steps: Steps=[],
         again: Annotated[bool, typer.Option('--again', help='do finished steps again')]=False,
         list_: Annotated[str, typer.Option('--list',
                                            help='show the parameters of a step, or "steps", and do nothing')]=''):
@@ -80,6 +81,7 @@ def run(recipe: Recipe='sample', parameter: Parameters=[], name: Name='default',
             show_parameters(list_, console)
             return
         folder = rooted('_runs')/name
+        recipe = recipe or default_recipe(parameter, folder)
         given = wanted(read_yaml(find_recipe(recipe)), [*parameter, f'out={tidy(folder)}'], listed(steps))
         needs_rows(given, folder)
         planned = planned_for(folder, given)
@@ -321,7 +323,7 @@ def serve(name: Annotated[str, typer.Argument(help='a run in _runs')]='default',
 @takes(dict.fromkeys(('gpus', 'nodes', 'time', 'partition', 'account', 'container')), gpus='per node', nodes='how many',
        time='of a step, such as 04:00:00', partition='of sbatch', account='of sbatch',
        container='an image of apptainer')
-def submit(recipe: Recipe='sample', parameter: Parameters=[], name: Name='default', steps: Steps=[],
+def submit(recipe: Recipe='', parameter: Parameters=[], name: Name='default', steps: Steps=[],
            grid: Annotated[str, typer.Option(help='YAML file with lists: a run for each combination')]='',
            site: Annotated[str, typer.Option(help="the file of the cluster's settings")]='',
            dry_run: Annotated[bool, typer.Option('--dry-run', help='write the files and print them')]=False, **given):
@@ -334,7 +336,7 @@ def submit(recipe: Recipe='sample', parameter: Parameters=[], name: Name='defaul
         lacking = sorted({m for of in planned.values() for m in needs_network(of)}) if not here.network else []
         if lacking:
             raise RunError(f'The compute nodes have no network, and {", ".join(lacking)} would be fetched: '
-                           f'run `yothalia fetch {recipe}` here first.')
+                           'run `yothalia fetch` here first, with the same recipe and parameters.')
         if grid: submit_grid(name, made, here, console, dry_run)
         else: submit_run(name, made[''], here, console, dry_run)
         if not dry_run: console.print(f'Follow it with `yothalia status {name}`.', highlight=False)
@@ -398,10 +400,10 @@ def collect(name: Annotated[str, typer.Argument(help='a run, a grid, or nothing 
 
 # %% ../nbs/run/commands.ipynb #5da462b1
 @app.command()
-def fetch(recipe: Recipe='sample', parameter: Parameters=[]):
+def fetch(recipe: Recipe='', parameter: Parameters=[]):
     "Bring the models and data of a run into the cache, for compute nodes without network."
     with one_sentence() as console:
-        planned = plan(read_yaml(find_recipe(recipe)), parameter)
+        planned = plan(read_yaml(find_recipe(recipe or default_recipe(parameter))), parameter)
         for m in sorted({c.model for c in planned.values() if hasattr(c, 'model')} | {EMBEDDED}):
             fetch_model(m)
             console.print(f'model {m}  there', highlight=False)

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['JOBS', 'STEPS', 'MIN_DISK', 'PLAIN_ERRORS', 'Job', 'RunError', 'room', 'job_of', 'known_steps', 'notebook_parameters',
-           'parameters_cell', 'parameter_table', 'refuse_unknown', 'wanted', 'needs_rows', 'config_class', 'checked',
-           'plan', 'Kept', 'code_hash', 'planned_for', 'refuse_away', 'look_first', 'step_keys', 'done_mark', 'is_done',
-           'without_lessons', 'Interrupted', 'ProgressFile', 'kernel_options', 'explained', 'run_notebook', 'run_all',
-           'run_step']
+           'parameters_cell', 'parameter_table', 'refuse_unknown', 'wanted', 'default_recipe', 'needs_rows',
+           'config_class', 'checked', 'plan', 'Kept', 'code_hash', 'planned_for', 'refuse_away', 'look_first',
+           'step_keys', 'done_mark', 'is_done', 'without_lessons', 'Interrupted', 'ProgressFile', 'kernel_options',
+           'explained', 'run_notebook', 'run_all', 'run_step']
 
 # %% ../nbs/run/runner.ipynb #64c1528f
 import ast, functools, importlib, json, os, re, shutil, tempfile, threading, time
@@ -153,6 +153,15 @@ def _sections(recipe:dict) -> tuple[dict,dict]: # what holds for all steps; step
         if step: own[step] = dict(v or {})
         elif k != 'steps': shared[k] = v
     return shared, own
+
+# %% ../nbs/run/runner.ipynb #f590367a
+def default_recipe(given=(), # `name=value` or `step.name=value`
+                   folder:Path|None=None # of a run
+                  ) -> str: # the name of a shipped recipe
+    "The recipe for who names none: `sample` for the shipped sample, `mine` for other rows."
+    named = [g.partition('=')[2] for g in given if g.partition('=')[0] in ('data', '01_data.data')]
+    if not named and folder: named = [r['run']['params']['data'] for r in load_records(folder/'records', step='data')]
+    return 'sample' if not named or named[-1] == 'sample' else 'mine'
 
 # %% ../nbs/run/runner.ipynb #a55e0002
 def needs_rows(given:dict[str,dict], # from `wanted`

@@ -296,9 +296,12 @@ def wanted_runs(recipe:str|Path, given:list[str], name:str, steps:list[str]=(), 
                ) -> dict[str,dict]: # point, or '' → step → its parameters, as they were given
     "What each run of a submission shall be given; `name` is that of its folder in `_runs`."
     points = grid_points(read_yaml(rooted(grid))) if grid else {'': []}
-    said = read_yaml(find_recipe(recipe))
-    made = {p: wanted(said, [*given, *more, f'out=_runs/{name}/{p}'.rstrip('/')], steps) for p, more in points.items()}
-    for p, of in made.items(): needs_rows(of, rooted('_runs')/name/p)
+    made = {}
+    for p, more in points.items():
+        folder = rooted('_runs')/name/p
+        said = read_yaml(find_recipe(recipe or default_recipe([*given, *more], folder)))
+        made[p] = wanted(said, [*given, *more, f'out={tidy(folder)}'], steps)
+        needs_rows(made[p], folder)
     return made
 
 # %% ../nbs/run/slurm.ipynb #b6000031
