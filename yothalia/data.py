@@ -89,13 +89,14 @@ def read_hub(name:str, # a name in `SOURCES`, or 'hub:owner/name'
 # %% ../nbs/01_data.ipynb #f527b763
 def lesson_data() -> list[dict]:
     "32 rows of the sample: five characters, two lines that all of them answer, and lines of their own."
-    rows = pd.DataFrame([r for r in sample_rows() if r['lang'] == 'en'])
+    every = [r for r in sample_rows() if r['lang'] == 'en']
+    rows = pd.DataFrame(every)[['character', 'user']]
     rows = rows[rows.character.isin(rows.character.unique()[:5])]
     asked = rows.user.map(rows.user.value_counts())
     both = rows[rows.user.isin(rows.user[asked == 5].unique()[:2])]
     own = rows[asked == 1].groupby('character', sort=False).head(5)
     own = own.assign(nth=own.groupby('character').cumcount()).sort_values('nth', kind='stable').drop(columns='nth')
-    return [*both.to_dict('records'), *own.head(22).to_dict('records')]
+    return [every[i] for i in (*both.index, *own.head(22).index)]
 
 OURS = dict(zip(SHIPPED, (sample_rows, lesson_data)))
 

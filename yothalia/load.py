@@ -73,13 +73,13 @@ def server_command(server:ServerName, cfg:LoadConfig, port:int) -> tuple[list[st
             *(['--continuous-batching'] if server.endswith('batched') else [])], place
 
 # %% ../nbs/studies/load.ipynb #87fe2f80
-@contextmanager
 def _answers(port:int) -> bool:
     import httpx
     try: return httpx.get(f'http://127.0.0.1:{port}/health', timeout=2).is_success
     except httpx.HTTPError: return False
 
 # %% ../nbs/studies/load.ipynb #2396bf84
+@contextmanager
 def started(server:ServerName, cfg:LoadConfig, seconds:float=180 # that it may take
            ): # yields (url, name of the model)
     "A server that answers, as long as the context lasts."
