@@ -221,6 +221,11 @@ def card(file: Annotated[str, typer.Argument(help='a card to look at; without on
             place = made.save(to or rooted('_runs')/name/'cards'/f'{file_name(made)}.png')
             console.print(f'card        {tidy(place)}', markup=False, highlight=False, soft_wrap=True)
 
+# %% ../nbs/run/commands.ipynb #8d01cc78
+_WORN = dict(model='else the one that was trained, or the default',
+             precision='fp32, bf16, int8, nf4, …; else as it was trained',
+             adapter="a folder, or empty for none; else the run's own")
+
 # %% ../nbs/run/commands.ipynb #f500d9e1
 def _talk(s, user:str, console, place:Path):
     from yothalia.chat import talk
@@ -234,10 +239,8 @@ def _talk(s, user:str, console, place:Path):
 @app.command()
 @takes(dict(character='', user='User', model='', precision='', adapter='auto', template='auto', preset='lively',
             new_tokens=256, context=2048, summarise=False),
-       character='of the run; else the one with the most rows', user='what the character calls you',
-       model='else the one that was trained, or the default',
-       precision='fp32, bf16, int8, nf4, …; else as it was trained',
-       adapter="a folder, or empty for none; else the run's own", template='how the persona is told',
+       character='of the run; else the one with the most rows', user='what the character calls you', **_WORN,
+       template='how the persona is told',
        preset='greedy, calm, lively or wild', new_tokens='of a reply, at most',
        context='tokens of a prompt and its reply',
        summarise='sum up turns that no longer fit, instead of dropping them')
@@ -291,13 +294,10 @@ def key_for(host:str) -> str: # of the environment, or none
 @app.command()
 @takes(dict(model='', precision='', adapter='auto', adapter_of=[], user='User', places=16, waiting=64, room=2048,
             new_tokens=256, engine='', engine_model='', engine_adapter=''),
-       model='else the one that was trained, or the default',
-       precision='fp32, bf16, int8, nf4, …; else as it was trained',
-       adapter="a folder, or empty for none; else the run's own",
+       **_WORN,
        adapter_of='an adapter of its own for a character, NAME=FOLDER or NAME=RUN; several by several --adapter-of',
        user='what the characters call those who talk to them', places='who can be answered at once',
-       waiting='who may wait',
-       room='tokens of a prompt and its reply', new_tokens='of a reply, unless told otherwise',
+       waiting='who may wait', room='tokens of a prompt and its reply', new_tokens='of a reply, unless told otherwise',
        engine='another engine that does the work: its address up to /v1', engine_model='name of the model there',
        engine_adapter='and of the model with the adapter')
 def serve(name: Annotated[str, typer.Argument(help='a run in _runs')]='default',
@@ -308,11 +308,10 @@ def serve(name: Annotated[str, typer.Argument(help='a run in _runs')]='default',
     with one_sentence() as console:
         key = key_for(host)
         given['adapters'] = named_values(given.pop('adapter_of'))
-        cfg = serve_config(name, cards=card, **given)
         from yothalia.models import quiet
         from yothalia.page import page_of
         from yothalia.serve import serve_forever
-        with quiet(): page = page_of(cfg)
+        with quiet(): page = page_of(serve_config(name, cards=card, **given))
         at = f'http://{host}:{port}'
         console.print(f'{", ".join(page.stage.who)}: a page at {at}, the API at {at}/v1',
                       markup=False, highlight=False, soft_wrap=True)

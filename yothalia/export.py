@@ -297,8 +297,8 @@ def card_of_run(run:Run, character:str='', # else the one with the most training
     return card
 
 # %% ../nbs/run/export.ipynb #f7e00004
-HOW = '''SillyTavern: API Connections > Chat Completion > Custom (OpenAI-compatible); \
-import a .json under AI Response Configuration, and the .png as a character.
+HOW = '''SillyTavern: API Connections > Chat Completion > Custom (OpenAI-compatible); import \
+a .json under AI Response Configuration, and the .png as a character.
 Open-LLM-VTuber: put a .yaml into its folder characters, and choose it in the settings.
 Both talk to the server that `yothalia serve` starts. Where it asks for a key, put that key into the program, not \
 into these files.
