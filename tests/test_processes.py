@@ -76,8 +76,8 @@ model, log, counts = fit(cfg)
 print("STEPS", counts["steps"], "SAME", all(torch.equal(v, whole[k]) for k, v in weights(model).items()))
 '''
     got = python(code)
-    assert 'SAID Stopped and saved after step' in got.stdout and ' of 4' in got.stdout, got.stdout + got.stderr[-2000:]
-    assert "'done': 4" in got.stdout and "'taken_up': 0" not in got.stdout and 'SAME True' in got.stdout, got.stdout + got.stderr[-2000:]
+    assert 'SAID Stopped and saved after step' in got.stdout and ' of 5' in got.stdout, got.stdout + got.stderr[-2000:]
+    assert "'done': 5" in got.stdout and "'taken_up': 0" not in got.stdout and 'SAME True' in got.stdout, got.stdout + got.stderr[-2000:]
 
 
 def test_two_processes_convert_the_model_at_once(tmp_path):
