@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from yothalia.core import notebook
-from yothalia.runner import JOBS, config_class, notebook_parameters, without_lessons
+from yothalia.runner import JOBS, config_class, job_notebook, notebook_parameters, without_lessons
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if not any(o.startswith(('.', '_')) for o in p.relative_to(ROOT/'nbs').parts))
@@ -57,7 +57,7 @@ def test_anatomy(path):
 
 
 # What a reader can take in at once. The second number of a pair is what a few still need.
-DENSE, MANY = {'curve.plot_curve_of': 7}, {'questions.make_questions': 8, 'stats.paired_difference': 8}
+DENSE, MANY = {}, {'questions.make_questions': 8, 'stats.paired_difference': 8}
 
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=NAMES)
@@ -108,7 +108,7 @@ def test_run_needs_no_lesson(step):
     "A run leaves the lessons out: what is left defines all that it uses."
     from pyflakes.checker import Checker
     from pyflakes.messages import ImportStarUsage, UndefinedName
-    left = [source(c) for c in without_lessons(json.loads(notebook(step).read_text(encoding='utf-8')))['cells']
+    left = [source(c) for c in without_lessons(json.loads(job_notebook(step).read_text(encoding='utf-8')))['cells']
             if c['cell_type'] == 'code' and 'skip-execution' not in c['metadata'].get('tags', [])]
     lines = ('pass' if l.startswith(('%', '!')) else l for s in left for l in s.splitlines())
     tree = ast.parse('\n'.join(lines)); every = Checker(tree).messages
@@ -127,7 +127,7 @@ def test_import_is_quick_and_needs_no_torch():
 # Floors of the house, from the ground up. A module imports from its own floor and from those below; `studies` and what is fast serve nobody below them.
 FLOORS = ['core models', 'cards rows data prompts runs', 'scoring questions', 'packing fused training lora', 'benchmark stats contestants replies',
           'quantization profiling', 'sampling characters chat', 'decoding adapters engine behind serve page', 'report verify export check',
-          'validity specificity templates curve sweep rate speed load', 'runner slurm site', 'all commands']
+          'validity specificity templates sweep speed load', 'runner slurm site', 'all commands']
 
 
 def arrows():
@@ -158,4 +158,4 @@ def test_the_main_road_needs_nothing_fast():
     of, todo, seen = arrows(), ['data', 'lora', 'quantization', 'benchmark', 'profiling'], set()
     while todo:
         if (m := todo.pop()) not in seen: seen.add(m); todo += of[m]
-    assert not seen & {*'decoding adapters engine behind serve page validity specificity templates curve sweep rate speed load'.split()}, seen
+    assert not seen & {*'decoding adapters engine behind serve page validity specificity templates sweep speed load'.split()}, seen

@@ -6,7 +6,7 @@ import pytest
 
 os.environ |= dict(MPLBACKEND='agg', YOTHALIA_PROGRESS='off')
 from yothalia.report import findings
-from yothalia.runner import STEPS, look_first, plan, room, without_lessons
+from yothalia.runner import JOBS, STEPS, job_notebook, look_first, plan, room, without_lessons
 from yothalia.core import *
 from yothalia.data import label_rows, sample_rows
 from yothalia.rows import DataError
@@ -19,8 +19,8 @@ MORE = {'alpaca': ['merged=true', 'batch=1', 'evals=3'], 'transcript': ['precisi
 
 def the_run(step, cfg):
     "Execute a notebook's run in this process, with the module's own definitions instead of the exported cells."
-    cells = without_lessons(json.loads(notebook(step).read_text()))['cells']
-    module = importlib.import_module(f'yothalia.{room(step)}')
+    cells = without_lessons(json.loads(job_notebook(step).read_text()))['cells']
+    module = importlib.import_module(f'yothalia.{room(JOBS[step].notebook or step)}')
     space = {k: v for k, v in vars(module).items() if callable(v) or inspect.ismodule(v) or not k.islower()} | {'__name__': '__main__'}
     for c in cells:
         text, tags = ''.join(c['source']), c['metadata'].get('tags', [])

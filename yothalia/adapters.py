@@ -7,11 +7,8 @@ __all__ = ['AdaptersConfig', 'random_adapters', 'Adapters', 'load_adapters', 'si
 
 # %% ../nbs/chat/adapters.ipynb #02g00004
 from contextlib import contextmanager
-
-# %% ../nbs/chat/adapters.ipynb #02g00005
 from fastcore.basics import patch
 from .core import *
-from .core import Config, Field
 from .models import *
 import pandas as pd, torch
 from peft import LoraConfig as PeftLoraConfig, get_peft_model

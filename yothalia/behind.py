@@ -8,11 +8,8 @@ __all__ = ['BehindConfig', 'Behind', 'take_text']
 # %% ../nbs/chat/behind.ipynb #07h00004
 import queue, threading, time
 from concurrent.futures import ThreadPoolExecutor
-
-# %% ../nbs/chat/behind.ipynb #07h00005
 from fastcore.basics import patch
 from .core import *
-from .core import Config, Field
 from .models import *
 from .sampling import Request, close, held_back
 from .engine import *

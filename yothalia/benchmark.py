@@ -7,9 +7,9 @@ __all__ = ['MODES', 'ModeName', 'ReadingName', 'RIVALS', 'Mode', 'scores', 'Benc
            'normalised', 'kept', 'write_lines', 'prior_scores', 'pair', 'score_once', 'by_question', 'Asking',
            'score_speaker', 'score_cloze', 'original_prompt', 'original_question', 'label_ids', 'rotated',
            'letter_items', 'score_letter', 'parse_strict', 'parse_lenient', 'generated_answer', 'score_generate',
-           'accuracy', 'mcnemar', 'picked', 'right', 'recalls', 'summary', 'about', 'Bench', 'described', 'split_kind',
-           'template_of', 'dev_questions_of', 'in_mode', 'benchmark', 'headline_of', 'accuracy_table', 'brief_table',
-           'plot_accuracy', 'rival_replies', 'model_replies', 'ask_tracks', 'Found']
+           'accuracy', 'mcnemar', 'picked', 'right', 'recalls', 'summary', 'about', 'Bench', 'described', 'template_of',
+           'dev_questions_of', 'in_mode', 'benchmark', 'headline_of', 'accuracy_table', 'brief_table', 'plot_accuracy',
+           'rival_replies', 'model_replies', 'ask_tracks', 'Found']
 
 # %% ../nbs/04_benchmark.ipynb #83db4014
 import hashlib, json, re
@@ -19,16 +19,13 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Literal
-
-# %% ../nbs/04_benchmark.ipynb #c230333d
 import numpy as np, pandas as pd, torch
 from scipy import stats
 from fastcore.basics import patch
 from .core import *
-from .core import Config, Field
 from .models import *
 from .rows import DataError
-from .data import data_hash, ensure_data, lesson_rows, load_split
+from .data import data_hash, ensure_data, lesson_rows, load_split, split_kind
 from .prompts import *
 from .runs import *
 from .questions import (Pool, TRACKS, TrackName, make_questions, make_tracks, questions_hash, save_questions,
@@ -374,13 +371,6 @@ def described(cfg:BenchmarkConfig) -> dict:
     "What all records of a run have in common."
     return dict(step='benchmark', model=model_name(cfg.model), precision=cfg.precision, data_hash=data_hash(cfg.out),
                 options=cfg.options, split=split_kind(cfg.out))
-
-# %% ../nbs/04_benchmark.ipynb #398afd55x
-def split_kind(out:str|Path) -> str:
-    "What the test rows are to whoever learnt from the training rows."
-    seen, asked = ({r['character'] for r in read_jsonl(rooted(out)/'data'/f'{p}.jsonl')} for p in ('train', 'test'))
-    if asked <= seen: return 'unseen lines of known characters'
-    return 'known and unseen characters' if asked & seen else 'unseen characters'
 
 # %% ../nbs/04_benchmark.ipynb #398afd55y
 def template_of(cfg:BenchmarkConfig, condition:str) -> str:

@@ -12,8 +12,6 @@ __all__ = ['TEXTS', 'MORE_TEXTS', 'LISTS', 'OTHER_SPELLINGS', 'BACKFILLED', 'MAX
 import base64, io, json, random, re, struct, time, zipfile, zlib
 from dataclasses import dataclass, field
 from pathlib import Path
-
-# %% ../nbs/data/cards.ipynb #07a00005
 import regex
 from fastcore.basics import patch
 from .core import *

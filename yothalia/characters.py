@@ -11,8 +11,6 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-
-# %% ../nbs/chat/characters.ipynb #7f3c9174
 import numpy as np
 from .core import *
 from .rows import expand

@@ -14,11 +14,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Iterator
-
-# %% ../nbs/06_chat.ipynb #07b00005
 from fastcore.basics import patch
 from .core import *
-from .core import Config, Field
 from .models import *
 from .data import ensure_data, load_split
 from .prompts import *

@@ -11,8 +11,6 @@ import re
 from collections import Counter
 from operator import itemgetter
 from pathlib import Path
-
-# %% ../nbs/run/check.ipynb #ff39bdab
 import numpy as np
 from .core import *
 from .models import EMBEDDED, PRECISIONS, arithmetic, cache_dir, parameters

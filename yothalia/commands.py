@@ -13,8 +13,6 @@ import inspect, json, os
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
-
-# %% ../nbs/run/commands.ipynb #9ba3de61
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -101,7 +99,7 @@ def show_parameters(step:str, console:Console):
     t = Table(show_edge=False, title=step, title_justify='left')
     if step == 'steps':
         for c in ('step', 'what it does'): t.add_column(c)
-        for s in JOBS: t.add_row(s, first_line(notebook(s)))
+        for s in JOBS: t.add_row(s, JOBS[s].words or first_line(job_notebook(s)))
     else:
         for c in ('-p', 'default', ''): t.add_column(c)
         for row in parameter_table(step): t.add_row(*row)

@@ -12,12 +12,9 @@ import json, os, threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from urllib.parse import urlsplit
-
-# %% ../nbs/benchmark/contestants.ipynb #04a10005
 import numpy as np
 from fastcore.basics import patch
 from .core import *
-from .core import Config, Field
 from .models import *
 from .benchmark import (MODES, BenchmarkConfig, conditions, in_mode, original_prompt, parse_lenient,
                                 parse_strict, rotated)

@@ -7,7 +7,8 @@ __all__ = ['SECRET', 'is_checkout', 'project_root', 'rooted', 'package_dir', 'ti
            'Config', 'nearest', 'named_in', 'one_of', 'find_recipe', 'refuse_secrets', 'parameters_in', 'configure',
            'CoreConfig', 'seed_everything', 'atomic', 'uncollected', 'write_jsonl', 'read_jsonl', 'content_hash',
            'file_sha256', 'seal', 'sealed', 'has_bf16', 'device_info', 'world', 'stop_asked', 'site_file', 'run_info',
-           'Metric', 'metric', 'save_record', 'load_records', 'record_table', 'duration', 'progress', 'tell_progress']
+           'Metric', 'metric', 'save_record', 'load_records', 'record_table', 'duration', 'progress', 'tell_progress',
+           'Field']
 
 # %% ../nbs/base/core.ipynb #6d0c227c
 import difflib, functools, gc, hashlib, importlib, json, os, platform, random, re, shutil, subprocess
@@ -16,8 +17,6 @@ from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated
-
-# %% ../nbs/base/core.ipynb #423d50ba
 import psutil
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
@@ -71,6 +70,8 @@ class ConfigError(ValueError):
 class Config(BaseModel):
     "Parameters of one room: unknown names, wrong types and values out of range are errors."
     model_config = ConfigDict(extra='forbid', strict=True, frozen=True)
+
+_all_ = ['Field'] # comes along
 
 # %% ../nbs/base/core.ipynb #5610a0cb
 def nearest(name:str, # as it was written

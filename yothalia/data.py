@@ -8,7 +8,7 @@ __all__ = ['SOURCES', 'OURS', 'CLEANING', 'DEMO', 'DataConfig', 'sample_rows', '
            'mend', 'cleaned', 'clean_rows', 'normal', 'ngrams', 'jaccard', 'minhash', 'near_pairs', 'drop_duplicates',
            'script', 'plausible', 'languages', 'scripts_of', 'spoken_name', 'label_rows', 'telling', 'group_rows',
            'cut_scenes', 'crossed', 'split_rows', 'leaks', 'label_and_split', 'prepare', 'load_split', 'no_rows',
-           'ensure_data', 'data_hash', 'personas']
+           'ensure_data', 'data_hash', 'personas', 'split_kind']
 
 # %% ../nbs/01_data.ipynb #14844b21
 import functools, re, unicodedata
@@ -18,13 +18,10 @@ from itertools import combinations
 from operator import itemgetter
 from pathlib import Path
 from typing import Literal
-
-# %% ../nbs/01_data.ipynb #bd0d6137
 import emoji, numpy as np, pandas as pd, regex
 from datasets import Dataset
 from filelock import FileLock
 from .core import *
-from .core import Config, Field
 from .rows import *
 from .rows import some_left
 
@@ -570,3 +567,10 @@ def data_hash(out:str|Path # the run's folder
 def personas(rows) -> bool:
     "Whether rows say who the character is; without that the conditions `prompt` and `both` have nothing to say."
     return any(r['instruction'] for r in rows)
+
+# %% ../nbs/01_data.ipynb #5ddbb4fd
+def split_kind(out:str|Path) -> str:
+    "What the test rows are to whoever learnt from the training rows."
+    seen, asked = ({r['character'] for r in read_jsonl(rooted(out)/'data'/f'{p}.jsonl')} for p in ('train', 'test'))
+    if asked <= seen: return 'unseen lines of known characters'
+    return 'known and unseen characters' if asked & seen else 'unseen characters'

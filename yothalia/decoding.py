@@ -8,11 +8,8 @@ __all__ = ['DecodingConfig', 'PlaceLayer', 'Places', 'recordable', 'Decoder', 'R
 
 # %% ../nbs/chat/decoding.ipynb #02f00004
 import time
-
-# %% ../nbs/chat/decoding.ipynb #02f00005
 from fastcore.basics import patch
 from .core import *
-from .core import Config, Field
 from .models import *
 from .prompts import _ids
 from .fused import fuse

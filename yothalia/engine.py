@@ -9,11 +9,8 @@ __all__ = ['EngineConfig', 'Engine']
 import queue, threading, time
 from dataclasses import dataclass, field
 from typing import Callable, Iterator
-
-# %% ../nbs/chat/engine.ipynb #07c00005
 from fastcore.basics import patch
 from .core import *
-from .core import Config, Field
 from .models import *
 from .prompts import *
 from .runs import *

@@ -13,20 +13,17 @@ import importlib.util, json, os, re, shutil, subprocess, sys, tempfile, zipfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-
-# %% ../nbs/run/export.ipynb #05a00005
 from .core import *
-from .core import Config, Field
 from .models import *
 import pandas as pd, yaml
 from .rows import DataError
-from .data import ensure_data, lesson_rows, load_split
+from .data import ensure_data, lesson_rows, load_split, split_kind
 from .prompts import *
 from .runs import *
 from .cards import Card, CardError, file_name, png_chunks, read_card
 from .lora import LoraConfig, add_lora, merge
 from .questions import TRACKS
-from .benchmark import brief_table, headline_of, split_kind
+from .benchmark import brief_table, headline_of
 from .characters import Character, cast_of_run, character_of_run, make_card
 from .sampling import Sampling
 from .report import findings

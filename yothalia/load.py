@@ -10,11 +10,8 @@ import os, re, socket, subprocess, sys, threading, time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
-
-# %% ../nbs/studies/load.ipynb #07e00005
 import numpy as np, pandas as pd
 from .core import *
-from .core import Config, Field
 from .models import *
 from .data import ensure_data, load_split
 from .serve import slug

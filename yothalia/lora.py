@@ -14,10 +14,7 @@ import json, math, shutil
 from typing import Literal
 from collections import Counter
 from pathlib import Path
-
-# %% ../nbs/02_lora.ipynb #b35c9ae1
 from .core import * # before peft, which would have bitsandbytes complain
-from .core import Config, Field
 from .models import *
 import numpy as np, torch
 from fastcore.basics import patch

@@ -24,7 +24,6 @@ import psutil
 from filelock import FileLock
 from pydantic import AfterValidator
 from .core import *
-from .core import Config, Field
 
 getLogger('bitsandbytes').setLevel('ERROR')  # it complains of a kernel that it would fetch from the hub
 

@@ -10,8 +10,6 @@ __all__ = ['pack_lengths', 'Packed', 'pack_examples', 'packed_attention', 'can_p
 from bisect import bisect_left, insort
 from contextlib import contextmanager
 from dataclasses import dataclass
-
-# %% ../nbs/lora/packing.ipynb #02a00004b
 from .core import *
 from .models import *
 import numpy as np, torch

@@ -10,8 +10,6 @@ __all__ = ['STATIC', 'CONDITION_WORDS', 'POLICY', 'static', 'Page', 'picks_metri
 import json, secrets, time
 from collections import Counter, OrderedDict
 from pathlib import Path
-
-# %% ../nbs/chat/page.ipynb #07f00005
 from fastcore.basics import patch
 from .core import *
 from .models import *

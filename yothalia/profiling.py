@@ -16,7 +16,6 @@ import numpy as np, pandas as pd, psutil, torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 from .core import *
-from .core import Config, Field
 from .models import *
 from .questions import make_questions
 from .benchmark import question_item

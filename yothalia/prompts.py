@@ -13,12 +13,9 @@ import html, re
 from collections import defaultdict
 from pathlib import Path
 from typing import Annotated
-
-# %% ../nbs/data/prompts.ipynb #62d84e30
 import numpy as np, yaml
 from pydantic import AfterValidator, PrivateAttr, field_validator
 from .core import *
-from .core import Config, Field
 from .models import *
 from .rows import DataError
 from .data import ensure_data, lesson_rows, load_split

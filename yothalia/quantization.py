@@ -10,13 +10,10 @@ __all__ = ['QuantizationConfig', 'weights_memory', 'Clock', 'time_reply', 'time_
 import gc, time
 from operator import itemgetter
 from pathlib import Path
-
-# %% ../nbs/03_quantization.ipynb #adc84a8f
 import numpy as np, pandas as pd, torch
 from scipy import stats
 from transformers.generation.streamers import BaseStreamer
 from .core import *
-from .core import Config, Field
 from .models import *
 from .data import data_hash, ensure_data, lesson_rows, load_split, personas
 from .prompts import *

@@ -21,12 +21,9 @@ from functools import lru_cache
 from operator import itemgetter
 from pathlib import Path
 from typing import Annotated
-
-# %% ../nbs/benchmark/questions.ipynb #06f120f6
 import numpy as np, pandas as pd
 from scipy import sparse
 from .core import *
-from .core import Config, Field
 from .rows import DataError
 from .data import (crossed, data_hash, ensure_data, label_rows, load_split, near_pairs, normal, sample_rows,
                            split_rows, spoken_name)

@@ -11,17 +11,14 @@ __all__ = ['ASSISTANT', 'COPY', 'MEANS', 'RepliesConfig', 'masked', 'own_probabi
 import functools, re
 from functools import partial
 from pathlib import Path
-
-# %% ../nbs/benchmark/replies.ipynb #a7a00005
 import numpy as np, pandas as pd
 from .core import *
-from .core import Config, Field
 from .models import *
-from .data import data_hash, ensure_data, lesson_rows, personas, script
+from .data import data_hash, ensure_data, lesson_rows, personas, script, split_kind
 from .prompts import *
 from .runs import *
 from .questions import _NO_SPACES, CharacterClassifier, mask, names_in, row_id
-from .benchmark import split_kind, write_lines
+from .benchmark import write_lines
 from .stats import estimate
 
 # %% ../nbs/benchmark/replies.ipynb #a7a00008

@@ -10,8 +10,6 @@ __all__ = ['ABOUT', 'ASKED', 'COMPARED', 'SENTENCES', 'as_percent', 'of_track', 
 
 # %% ../nbs/run/report.ipynb #85c107bc
 from pathlib import Path
-
-# %% ../nbs/run/report.ipynb #c353289f
 from rich.console import Console
 from rich.table import Table
 from .core import *

@@ -16,10 +16,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-
-# %% ../nbs/data/rows.ipynb #74ee3a14
 from .core import *
-from .core import Config, Field
 
 # %% ../nbs/data/rows.ipynb #6fbbddc2
 class RowsConfig(Config):

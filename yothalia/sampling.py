@@ -11,8 +11,6 @@ import queue, threading, time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Protocol
-
-# %% ../nbs/chat/sampling.ipynb #9792a251
 import torch
 from fastcore.basics import patch
 from .core import *

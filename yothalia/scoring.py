@@ -16,13 +16,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from operator import attrgetter
 from weakref import WeakKeyDictionary
-
-# %% ../nbs/benchmark/scoring.ipynb #c0c59c18
 import numpy as np, pandas as pd, psutil, torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .core import *
-from .core import Config, Field
 from .models import *
 
 # %% ../nbs/benchmark/scoring.ipynb #68cfab20

@@ -11,11 +11,8 @@ __all__ = ['NOT_HERE', 'MAX_BODY', 'MAX_MESSAGES', 'REASONS', 'ServeConfig', 'St
 import asyncio, contextlib, hmac, json, os, queue, re, time, uuid
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-
-# %% ../nbs/chat/serve.ipynb #07d00005
 from fastcore.basics import patch
 from .core import *
-from .core import Config, Field
 from .models import *
 from .prompts import *
 from .runs import *

@@ -10,8 +10,6 @@ __all__ = ['TABLES', 'front_matter', 'hidden', 'site_links', 'plot_sentences', '
 import ast, importlib, json, re, shutil, subprocess, sys
 from configparser import ConfigParser
 from pathlib import Path
-
-# %% ../nbs/run/site.ipynb #c6000005
 import yaml
 from .core import *
 from .report import findings
@@ -87,7 +85,8 @@ def staged(notebook:dict, blob:str, sentences:dict[str,str]) -> dict:
 TABLES = dict(benchmark=('Accuracy', 'benchmark.brief_table'), validity=('Validity', 'validity.validity_table'),
               quantization=('Precisions', 'quantization.precision_table'),
               templates=('Prompt templates', 'templates.template_table'),
-              sweep=('Settings of the training', 'sweep.sweep_table'), export=('Exports', 'export.export_table'),
+              sweep=('Settings of the training', 'sweep.sweep_table'), curve=('Training rows', 'sweep.sweep_table'),
+              export=('Exports', 'export.export_table'),
               speed=('Training speed', 'speed.speed_table')) # step → heading, and the function that makes its table
 
 def table_of(step:str, records:list[dict]) -> str: # Markdown with a table in HTML

@@ -12,13 +12,10 @@ __all__ = ['SITE', 'TOGETHER', 'BODY', 'REQUEUE', 'Site', 'find_site', 'clock', 
 # %% ../nbs/run/slurm.ipynb #b6000004
 import itertools, json, os, re, shutil, signal, subprocess, sys
 from pathlib import Path
-
-# %% ../nbs/run/slurm.ipynb #b6000005
 import psutil, yaml
 from filelock import FileLock
 from rich.console import Console
 from .core import *
-from .core import Config, Field
 from .models import EMBEDDED, ModelError, cache_dir, find_model, resolve_model
 from .rows import SHIPPED
 from .runner import *

@@ -10,19 +10,16 @@ __all__ = ['SpecificityConfig', 'parts_of', 'crossed_lines_first', 'single_adapt
 # %% ../nbs/studies/specificity.ipynb #5d861a77
 from collections import Counter, defaultdict
 from pathlib import Path
-
-# %% ../nbs/studies/specificity.ipynb #cf90db52
 import numpy as np, pandas as pd, torch
 from .core import *
-from .core import Config, Field
 from .models import *
 from .rows import DataError
-from .data import crossed, data_hash, ensure_data, lesson_rows, load_split
+from .data import crossed, data_hash, ensure_data, lesson_rows, load_split, split_kind
 from .prompts import BARE
 from .lora import LoraConfig, kept_adapter
 from .questions import CharacterClassifier, row_id
 from .scoring import score_items
-from .benchmark import accuracy, question_item, split_kind
+from .benchmark import accuracy, question_item
 from .stats import estimate
 from .runs import *
 

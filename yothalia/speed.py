@@ -12,10 +12,7 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Literal
-
-# %% ../nbs/studies/speed.ipynb #02d00005
 from .core import *
-from .core import Config, Field
 from .models import *
 import numpy as np, pandas as pd, torch
 from .data import data_hash, ensure_data, lesson_rows, load_split

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SETTINGS', 'PAIRS', 'EFFECTS', 'StatsConfig', 'StatsError', 'setting', 'benchmark_records', 'overview', 'one_each',
            'Answers', 'paired', 'answers', 'cluster_sums', 'bootstrap_means', 'percentile_interval', 'sign_flip_p',
-           'detectable', 'discordant_share', 'questions_needed', 'design_effect', 'two_way', 'estimate',
+           'detectable', 'discordant_share', 'questions_needed', 'design_effect', 'two_way', 'estimate', 'mean_metric',
            'paired_difference', 'compare_files', 'holm', 'compare', 'say', 'factorial', 'accuracies', 'baselines_of',
            'plot_forest', 'against_rule', 'find_questions', 'flips', 'read_flips', 'accuracy_by', 'plot_by',
            'plot_budget', 'save_effects', 'questions_like']
@@ -14,13 +14,10 @@ __all__ = ['SETTINGS', 'PAIRS', 'EFFECTS', 'StatsConfig', 'StatsError', 'setting
 import textwrap
 from pathlib import Path
 from typing import Literal
-
-# %% ../nbs/benchmark/stats.ipynb #78e09896
 import numpy as np, pandas as pd
 from scipy import optimize, stats
 from statsmodels.stats.multitest import multipletests
 from .core import *
-from .core import Config, Field
 from .prompts import COLOURS, CONDITIONS
 from .benchmark import MODES, ModeName, ReadingName, accuracy, headline_of, mcnemar, picked, right
 
@@ -309,6 +306,15 @@ def estimate(values, clusters, # (n,) and (n,)
     return dict(value=mean, low=float(low), high=float(high), p=float(p),
                 detectable=float(see) or np.nan, design_effect=effect, n=len(values), clusters=names,
                 resampled='characters' if names > 1 else 'questions')
+
+# %% ../nbs/benchmark/stats.ipynb #c827747b
+def mean_metric(values, # (n,)
+                clusters, # (n,) what they belong to
+                unit:str='share', draws:int=10_000) -> Metric:
+    "A mean with its 95% interval by resampling clusters; without one where there is a single value."
+    if len(values) < 2: return metric(float(np.mean(values)), unit, len(values))
+    e = estimate(values, clusters, draws)
+    return metric(e['value'], unit, e['n'], e['low'], e['high'])
 
 # %% ../nbs/benchmark/stats.ipynb #6090e90c
 def paired_difference(a, b, # (n,) right or wrong in the first and the second condition, the same questions

@@ -8,18 +8,15 @@ __all__ = ['TemplatesConfig', 'template_questions', 'score_template', 'gain_of',
 
 # %% ../nbs/studies/templates.ipynb #f1a00004
 from pathlib import Path
-
-# %% ../nbs/studies/templates.ipynb #f1a00005
 import numpy as np, pandas as pd
 from .core import *
-from .core import Config, Field
 from .models import *
 from .rows import DataError
-from .data import data_hash, ensure_data, lesson_rows, load_split
+from .data import data_hash, ensure_data, lesson_rows, load_split, split_kind
 from .prompts import *
 from .runs import *
 from .questions import make_questions, questions_hash, row_id
-from .benchmark import Asking, about, accuracy, score_speaker, split_kind, write_lines
+from .benchmark import Asking, about, accuracy, score_speaker, write_lines
 from .stats import estimate, holm
 
 # %% ../nbs/studies/templates.ipynb #f1a00008

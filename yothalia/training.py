@@ -12,8 +12,6 @@ import json, math, os, re, shutil, signal, time
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-
-# %% ../nbs/lora/training.ipynb #02c00005
 from .core import *
 from .models import *
 import numpy as np, torch

@@ -9,16 +9,13 @@ __all__ = ['ValidityConfig', 'learned_rules', 'persona_shuffle', 'reorder', 'reo
 # %% ../nbs/studies/validity.ipynb #cb8e1bd0
 import tempfile
 from pathlib import Path
-
-# %% ../nbs/studies/validity.ipynb #095db932
 import numpy as np, pandas as pd
 from .core import *
-from .core import Config, Field
 from .models import *
-from .data import data_hash, sample_rows
+from .data import data_hash, sample_rows, split_kind
 from .prompts import COLOURS, CONDITIONS, PERSONA, Template
 from .questions import TRACKS, VIEWS, learned_rule, load_questions, make_questions, questions_hash, views
-from .benchmark import Asking, BenchmarkConfig, headline_of, right, score_cloze, split_kind
+from .benchmark import Asking, BenchmarkConfig, headline_of, right, score_cloze
 from .stats import StatsError, benchmark_records, estimate
 from .runs import *
 

@@ -13,20 +13,17 @@ __all__ = ['LEAST', 'ENOUGH', 'VerifyConfig', 'quantized', 'held_at', 'Asked', '
 import json, shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-
-# %% ../nbs/run/verify.ipynb #6af84a80
 from .core import *
-from .core import Config, Field
 from .models import *
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
-from .data import data_hash, lesson_rows, load_split
+from .data import data_hash, lesson_rows, load_split, split_kind
 from .prompts import *
 from .runs import *
 from .lora import LoraConfig, add_lora, merge
 from .questions import TRACKS, TrackName, make_tracks
 from .scoring import Item, score_items
-from .benchmark import accuracy, question_item, split_kind
+from .benchmark import accuracy, question_item
 from .contestants import by_server, post_json
 
 # %% ../nbs/run/verify.ipynb #68a8fd2e
