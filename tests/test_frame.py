@@ -57,7 +57,7 @@ def test_anatomy(path):
 
 
 # What a reader can take in at once. The second number of a pair is what a few still need.
-DENSE, MANY = {}, {'questions.make_questions': 8, 'stats.paired_difference': 8}
+DENSE, MANY = {}, {'questions.make_questions': 8}
 
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=NAMES)

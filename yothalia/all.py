@@ -26,6 +26,5 @@ def ask(run:Run, tracks=('speaker', 'voice'), **given) -> Found: # see `Run.ask`
     "Ask a run's model, in every condition that its rows and its adapter allow."
     return run.ask(tracks, **given)
 
-# %% ../nbs/run/all.ipynb #7ee8dc90
 _all_ = ['Run', 'Found', 'load', 'train', 'ask', 'findings', 'load_records', 'record_table', 'rooted', 'ALIASES',
          'PRECISIONS', 'PRESETS', 'TEMPLATES', 'TRACKS']

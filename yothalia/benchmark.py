@@ -18,19 +18,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Literal
-import numpy as np, pandas as pd, torch
+import numpy as np, pandas as pd
 from scipy import stats
 from fastcore.basics import patch
 from .core import *
 from .models import *
 from .rows import DataError
-from .data import data_hash, ensure_data, lesson_rows, load_split, split_kind
+from .data import data_hash, split_kind
 from .prompts import *
 from .runs import *
-from .questions import (Pool, TRACKS, TrackName, make_questions, make_tracks, questions_hash, save_questions,
-                                save_rules)
-from .scoring import Item, plain_scores, road, score_items
+from .questions import (Pool, TRACKS, TrackName, make_questions, make_tracks, questions_hash, save_rules)
+from .scoring import Item, road, score_items
 
 # %% ../nbs/04_benchmark.ipynb #d0d15ab2
 @dataclass
@@ -304,7 +302,6 @@ def right(lines:list[dict], by:ReadingName) -> np.ndarray: # (n,) right or wrong
     "Which questions were answered rightly."
     return np.array([picked(o, by) == o['answer'] for o in lines])
 
-# %% ../nbs/04_benchmark.ipynb #1cea591f
 def recalls(lines:list[dict]) -> dict[str,dict]: # 'recall at No.k' → metric
     "Of the rotations in which the true reply stood at a number, how many chose it."
     at = defaultdict(list)
@@ -372,12 +369,10 @@ def described(cfg:BenchmarkConfig) -> dict:
     return dict(step='benchmark', model=model_name(cfg.model), precision=cfg.precision, data_hash=data_hash(cfg.out),
                 options=cfg.options, split=split_kind(cfg.out))
 
-# %% ../nbs/04_benchmark.ipynb #398afd55y
 def template_of(cfg:BenchmarkConfig, condition:str) -> str:
     "Name and hash of the prompt template that is used in a condition, for records."
     return template_id(run_template(cfg.out, cfg.template) if CONDITIONS[condition][0] else 'bare')
 
-# %% ../nbs/04_benchmark.ipynb #398afd55z
 def dev_questions_of(cfg:BenchmarkConfig, track:str) -> list[dict]:
     "Questions of a track from the held-out rows, on which readings and rules are chosen; empty if there are none."
     path = rooted(cfg.out)/'data'/'valid.jsonl'
@@ -501,7 +496,6 @@ def _rules_of(got:dict, track:str) -> list[tuple[float, str, str]]: # value, mar
     rule = r['metrics'].get(r['what'].get('rule'))
     return ([(rule['value'], 'D', 'rule')] if rule else []) + [(r['metrics']['chance']['value'], '|', 'chance')]
 
-# %% ../nbs/04_benchmark.ipynb #68b4f5a1x
 def _plot_metric(ax, m:dict, height:float, condition:str):
     ax.plot(m['interval'], [height]*2, color=COLOURS[condition], lw=2, solid_capstyle='round')
     ax.plot(m['value'], height, 'o', color=COLOURS[condition])

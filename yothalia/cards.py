@@ -263,8 +263,7 @@ def read_card(path:str|Path # .json, .png or .charx
 def save(self:Card, path:str|Path) -> Path:
     "Write the card as what the file's name says: .json, .png or .charx."
     p = rooted(path)
-    made = {'.json': lambda: to_json(self.as_object()).encode(), '.png': self.to_png,
-            '.charx': self.to_charx}
+    made = {'.json': lambda: to_json(self.as_object()).encode(), '.png': self.to_png, '.charx': self.to_charx}
     if p.suffix.lower() not in made: raise CardError(f'{p.name}: a card ends in {", ".join(made)}.')
     with atomic(p) as new: new.write_bytes(made[p.suffix.lower()]())
     return p
@@ -331,9 +330,8 @@ def persona(self:Card, user:str='User', lore:dict|None=None, # from `found_lore`
     lore, get = lore or {}, lambda k: self.said(self.data.get(k, ''), user, rng=rng)
     add = lambda head, k: '\n'.join(filter(None, [get(k) and head + get(k), *lore.get(k, ())]))
     parts = [*lore.get('before_char', ()), *lore.get('before_desc', ()), get('description'),
-             *lore.get('after_desc', ()),
-             add(f"{self.speaker()}'s personality: ", 'personality'), add('Scenario: ', 'scenario'),
-             *lore.get('after_char', ())]
+             *lore.get('after_desc', ()), add(f"{self.speaker()}'s personality: ", 'personality'),
+             add('Scenario: ', 'scenario'), *lore.get('after_char', ())]
     return '\n'.join(filter(None, parts))
 
 # %% ../nbs/data/cards.ipynb #07a00029
@@ -357,8 +355,7 @@ def items(self:Card, user:str='User') -> list[dict]: # as `rows` reads them
     "The example dialogues as conversations with the character's name and persona."
     rng = random.Random(0)
     return [dict(name=self.data['name'], system=self.persona(user, rng=rng),
-                 messages=[dict(role=r, content=t) for r, t in d])
-            for d in self.dialogues(user, rng)]
+                 messages=[dict(role=r, content=t) for r, t in d]) for d in self.dialogues(user, rng)]
 
 # %% ../nbs/data/cards.ipynb #07a0002c
 SECONDS = .05 # that a regular expression of a card may take
@@ -385,8 +382,7 @@ def key_found(key:str, text:str, sensitive:bool=False, expression:bool=False, se
 
 # %% ../nbs/data/cards.ipynb #07a0002f
 _KNOWN = ('activate', 'dont_activate', 'activate_only_after', 'activate_only_every', 'depth', 'role', 'scan_depth',
-          'is_greeting',
-          'position', 'additional_keys', 'exclude_keys', 'ignore_on_max_context')
+          'is_greeting', 'position', 'additional_keys', 'exclude_keys', 'ignore_on_max_context')
 _NUMBERS = ('activate_only_after', 'activate_only_every', 'depth', 'scan_depth', 'is_greeting')
 PLACES = ('before_char', 'before_desc', 'after_desc', 'personality', 'scenario', 'after_char')
 

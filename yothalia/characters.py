@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from .core import *
 from .rows import expand
-from .data import DEMO, ensure_data, jaccard, languages, load_split, ngrams, normal, script, spoken_name
-from .cards import Card, card_of, read_card
+from .data import ensure_data, jaccard, languages, load_split, ngrams, normal, script, spoken_name
+from .cards import Card, card_of
 from .runs import *
 
 # %% ../nbs/chat/characters.ipynb #07a00042
@@ -38,7 +38,6 @@ def fits_card(r:dict) -> bool:
     return not any(re.search(r'\{\{|\}\}|<(start|user|bot|char)>', t, re.I)
                    or re.search(r'^\s*[^\n:：]{1,40}[:：]', t, re.M) for t in texts)
 
-# %% ../nbs/chat/characters.ipynb #07a00046
 # lines whose answers can begin a talk: a greeting, or else somebody who asks who this is
 _OPENINGS = [re.compile(p, re.I) for p in (
     r'^\W*((hello|hi|hey|good (morning|evening|day|afternoon)|greetings|welcome)\b|你好|您好|早|晚上好|嗨)',
@@ -67,8 +66,7 @@ def make_card(rows:list[dict], # of one character
     data = empty | dict(name=spoken_name(persona) or who.replace('-', ' ').title(), description=persona,
                         first_mes=hello['reply'], mes_example=_dialogues(shown), creator_notes=notes,
                         alternate_greetings=[], group_only_greetings=[], character_version='1',
-                        tags=sorted({r['lang'] for r in rows}),
-                        extensions={'yothalia': more or {}})
+                        tags=sorted({r['lang'] for r in rows}), extensions={'yothalia': more or {}})
     return card_of(dict(spec='chara_card_v3', spec_version='3.0', data=data))
 
 # %% ../nbs/chat/characters.ipynb #07b00015
@@ -81,7 +79,6 @@ class Character:
     rows: list = field(default_factory=list)      # exchanges, for templates that show some
     card: Card|None = None
 
-# %% ../nbs/chat/characters.ipynb #07b00015x
 def character_of(rows:list[dict], # of one character, in one or several languages
                 ) -> Character:
     "A character from rows of how it talks."
@@ -92,7 +89,6 @@ def character_of(rows:list[dict], # of one character, in one or several language
     return Character(first.data['name'], {l: c.data['description'] for l, c in cards.items()},
                      {l: c.greetings() for l, c in cards.items()}, rows)
 
-# %% ../nbs/chat/characters.ipynb #07b00015y
 def character_of_card(card:Card, user:str='User') -> Character:
     "A character from a card."
     persona = card.persona(user)

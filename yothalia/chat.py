@@ -8,16 +8,14 @@ __all__ = ['BEFORE', 'ANSWER_IN', 'HELP', 'COMMANDS', 'ChatConfig', 'Voice', 'Tu
            'talk_table']
 
 # %% ../nbs/06_chat.ipynb #07b00004
-import json, re, time, warnings
-from collections import Counter
-from dataclasses import dataclass, field, replace
+import json, time, warnings
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Iterator
 from fastcore.basics import patch
 from .core import *
 from .models import *
-from .data import ensure_data, load_split
 from .prompts import *
 from .prompts import _ids
 from .runs import *
@@ -58,8 +56,7 @@ def listen(self:Voice, ids:list[int], on:bool=True # whether the adapter acts
     if same: self.cache.crop(same-len(self.kept))
     else: self.cache = DynamicCache(config=plain_config(self.model))
     out = self.model(input_ids=torch.tensor([ids[same:]], device=self.model.device), past_key_values=self.cache,
-                     use_cache=True,
-                     logits_to_keep=1)
+                     use_cache=True, logits_to_keep=1)
     self.kept, self.on = list(ids), on
     return out.logits[0, -1], len(ids)-same
 
@@ -150,7 +147,6 @@ def greet(self:Session, k:int=0 # which greeting
     self.greeting = k % len(every)
     return self.add('assistant', every[self.greeting]).text
 
-# %% ../nbs/06_chat.ipynb #07b00019x
 @patch
 def row(self:Session, path:list[Turn], memory:str='', gone:int=0 # what is told of so many first turns
        ) -> dict: # as the templates take it
@@ -230,7 +226,6 @@ def sum_up(self:Session, path:list[Turn], keep:int): # so many turns before the 
     text = hear(self.voice, render(told, self.voice.tok, BARE)[0], Sampling(temperature=0., max_tokens=96), (), False)
     if text.strip(): self.memory[path[end-1].id] = text.strip()
 
-# %% ../nbs/06_chat.ipynb #07b0001ax
 @patch
 def stops(self:Session) -> tuple[str,...]:
     "Texts that end a reply: somebody else's turn begins, or the character's own once more."
@@ -251,7 +246,6 @@ def answer(self:Session) -> Iterator[str]:
         self.at = here
         if self.last.text: self.add('assistant', self.last.text, ended=self.last.ended)
 
-# %% ../nbs/06_chat.ipynb #07b0001az
 @patch
 def say(self:Session, text:str) -> Iterator[str]:
     "Say something, and hear the answer piece by piece."
@@ -269,7 +263,6 @@ def undo(self:Session) -> str: # what the person had said
     self.at = path[-1].parent
     return path[-1].text
 
-# %% ../nbs/06_chat.ipynb #07b0001bx
 @patch
 def again(self:Session) -> Iterator[str]:
     "Another answer to the same line, beside the first one."
@@ -279,7 +272,6 @@ def again(self:Session) -> Iterator[str]:
     self.at = path[-1].id
     yield from self.answer()
 
-# %% ../nbs/06_chat.ipynb #07b0001by
 @patch
 def edit(self:Session, text:str) -> Turn:
     "Put another text beside the last turn, and go on from it."
@@ -295,14 +287,12 @@ def beside(self:Session, at:int|None=None) -> list[Turn]:
     t = self.turns[(at or self.at)-1]
     return [o for o in self.turns if o.parent == t.parent and o.role == t.role]
 
-# %% ../nbs/06_chat.ipynb #07b0001bw
 @patch
 def go(self:Session, id:int):
     "Go to a turn, of whatever branch."
     if not 0 <= id <= len(self.turns): raise ValueError(f'There is no turn {id}: there are {len(self.turns)}.')
     self.at = id
 
-# %% ../nbs/06_chat.ipynb #07b0001bv
 @patch
 def thumb(self:Session, up:bool=True):
     "Say whether the last answer was good."
@@ -408,13 +398,11 @@ def chat_cell(s:Session, log:str|Path|None=None # where it is saved after every 
 
 # %% ../nbs/06_chat.ipynb #07b00031
 HELP = {'/again': 'another answer to the same line', '/undo': 'take the last line and its answer back',
-        '/edit TEXT': 'put TEXT in place of the last turn',
-        '/tries': 'the answers to the last line', '/go N': 'go on from turn N (numbers are in /tree)',
-        '/tree': 'all turns', '/good': 'the last answer was good',
+        '/edit TEXT': 'put TEXT in place of the last turn', '/tries': 'the answers to the last line',
+        '/go N': 'go on from turn N (numbers are in /tree)', '/tree': 'all turns', '/good': 'the last answer was good',
         '/bad': 'it was not', '/preset NAME': f'how answers are drawn: {", ".join(PRESETS)}',
         '/prompt': 'what the model reads', '/memory': 'what is told of turns that no longer fit',
-        '/save FILE': 'save a copy',
-        '/load FILE': 'go on with a saved talk', '/bye': 'end (Ctrl-D does, too)'}
+        '/save FILE': 'save a copy', '/load FILE': 'go on with a saved talk', '/bye': 'end (Ctrl-D does, too)'}
 
 # %% ../nbs/06_chat.ipynb #07b00052
 def _go(s:Session, rest:str, write):
@@ -437,7 +425,6 @@ def _load(s:Session, rest:str, write):
     s.load(rest)
     write(f'{len(s.path())} turns.')
 
-# %% ../nbs/06_chat.ipynb #07b00053
 COMMANDS = {'/help': lambda s, rest, write: write('\n'.join(f'{k:14}{v}' for k, v in HELP.items())),
             '/again': lambda s, rest, write: s.again(), '/edit': lambda s, rest, write: s.edit(rest),
             '/undo': lambda s, rest, write: write(f'Taken back: {s.undo()}'), '/go': _go,

@@ -10,12 +10,11 @@ __all__ = ['contents', 'possible_questions', 'track_lines', 'guess_tokens', 'gue
 import re
 from collections import Counter
 from operator import itemgetter
-from pathlib import Path
 import numpy as np
 from .core import *
-from .models import EMBEDDED, PRECISIONS, arithmetic, cache_dir, parameters
+from .models import EMBEDDED, arithmetic, cache_dir, parameters
 from .rows import DataError
-from .data import DataConfig, label_and_split, label_rows, personas, read_source, sample_rows
+from .data import DataConfig, label_and_split, read_source
 from .questions import TRACKS, make_questions
 
 # %% ../nbs/run/check.ipynb #e46622fb

@@ -143,9 +143,8 @@ def trained_run(name:str): # Run
 # %% ../nbs/run/commands.ipynb #1f9b7ebc
 @app.command()
 @takes(dict(rows=40, questions=20, url='http://127.0.0.1:8000/v1'),
-       rows='held-out rows that each export is asked about; 0 for all',
-       questions='questions of each track; 0 for all', url='where `yothalia serve` will be, for the settings of front '
-                                                           'ends')
+       rows='held-out rows that each export is asked about; 0 for all', questions='questions of each track; 0 for all',
+       url='where `yothalia serve` will be, for the settings of front ' 'ends')
 def export(name: Name='default',
            form: Annotated[list[str], typer.Option(help='merged, int8, nf4, nf4-dq, fp4, gguf, gguf-q8_0; several by '
                                                         'several --form')]=['merged'],
@@ -224,7 +223,6 @@ _WORN = dict(model='else the one that was trained, or the default',
              precision='fp32, bf16, int8, nf4, …; else as it was trained',
              adapter="a folder, or empty for none; else the run's own")
 
-# %% ../nbs/run/commands.ipynb #f500d9e1
 def _talk(s, user:str, console, place:Path):
     from yothalia.chat import talk
     def show(piece):
@@ -236,9 +234,8 @@ def _talk(s, user:str, console, place:Path):
 # %% ../nbs/run/commands.ipynb #6d07ecf0
 @app.command()
 @takes(dict(character='', user='User', model='', precision='', adapter='auto', template='auto', preset='lively',
-            new_tokens=256, context=2048, summarise=False),
-       character='of the run; else the one with the most rows', user='what the character calls you', **_WORN,
-       template='how the persona is told',
+            new_tokens=256, context=2048, summarise=False), character='of the run; else the one with the most rows',
+       user='what the character calls you', **_WORN, template='how the persona is told',
        preset='greedy, calm, lively or wild', new_tokens='of a reply, at most',
        context='tokens of a prompt and its reply',
        summarise='sum up turns that no longer fit, instead of dropping them')
@@ -280,7 +277,6 @@ def serve_config(name:str, model:str, precision:str, **given): # ServeConfig
     own = {k: v for k, v in dict(model=model, precision=precision).items() if v}
     return configure(ServeConfig, trained_as(folder) | own | given | dict(out=tidy(folder)))
 
-# %% ../nbs/run/commands.ipynb #85c584f6
 def key_for(host:str) -> str: # of the environment, or none
     "The key that callers need; a `RunError` where others can reach the server and there is none."
     key = os.environ.get('YOTHALIA_KEY', '')
@@ -291,8 +287,7 @@ def key_for(host:str) -> str: # of the environment, or none
 # %% ../nbs/run/commands.ipynb #73f77104
 @app.command()
 @takes(dict(model='', precision='', adapter='auto', adapter_of=[], user='User', places=16, waiting=64, room=2048,
-            new_tokens=256, engine='', engine_model='', engine_adapter=''),
-       **_WORN,
+            new_tokens=256, engine='', engine_model='', engine_adapter=''), **_WORN,
        adapter_of='an adapter of its own for a character, NAME=FOLDER or NAME=RUN; several by several --adapter-of',
        user='what the characters call those who talk to them', places='who can be answered at once',
        waiting='who may wait', room='tokens of a prompt and its reply', new_tokens='of a reply, unless told otherwise',
@@ -413,7 +408,7 @@ def fetch(recipe: Recipe='', parameter: Parameters=[]):
 @app.command()
 def site():
     "Print a file for the settings of a cluster, to be kept as ~/.config/yothalia/site.yml."
-    print(SITE, end='')
+    print(static('site.yml'), end='')
 
 # %% ../nbs/run/commands.ipynb #e055cb62
 @app.command()

@@ -219,7 +219,6 @@ def several(self:Contestant, jobs:list, do): # yields (job, what `do` made of it
         finally:
             for f in todo: f.cancel()
 
-# %% ../nbs/benchmark/contestants.ipynb #4742f3b4
 @patch
 def ask_mode(self:Contestant, mode:str, qs:list[dict], cfg, done, told:bool): # yields (number, fields of its line)
     "Ask questions in the mode `letter` or `generate`."
@@ -261,8 +260,7 @@ def by_server(url:str, # up to and with /v1
     "A `score` that asks a server for the log-probabilities of token ids."
     def one(context, choice):
         got = post_json(f'{url}/completions', dict(model=name, prompt=[*map(int, context), *map(int, choice)],
-                                                   max_tokens=1,
-                                               temperature=0, prompt_logprobs=0))
+                                                   max_tokens=1, temperature=0, prompt_logprobs=0))
         of = got['choices'][0].get('prompt_logprobs')
         if not of:
             raise ModelError(f'{url} returns no prompt_logprobs: an engine without them can be talked to, but not '
@@ -270,7 +268,6 @@ def by_server(url:str, # up to and with /v1
         return sum(of[len(context)+i][str(int(t))]['logprob'] for i, t in enumerate(choice))
     return lambda items: [np.array([one(i.context, c) for c in i.choices]) for i in items]
 
-# %% ../nbs/benchmark/contestants.ipynb #04a1001d
 @patch
 def score_items(self:Contestant, items:list, done=frozenset()): # yields (number, nats of its choices)
     "Log-likelihoods of replies, from an endpoint that returns those of a prompt."

@@ -389,7 +389,6 @@ def _tied(texts:list[str|None], near:float):
     at = [i for i, t in enumerate(texts) if t]
     return [(at[i], at[j]) for i, j in near_pairs([texts[i] for i in at], near)]
 
-# %% ../nbs/01_data.ipynb #8f574484
 def group_rows(rows:list[dict], # labelled rows
                by:str='cluster', # 'character' or 'cluster'
                near:float=0.8) -> np.ndarray: # (n,) group numbers

@@ -11,7 +11,6 @@ import time
 from fastcore.basics import patch
 from .core import *
 from .models import *
-from .prompts import _ids
 from .fused import fuse
 import pandas as pd, torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
@@ -98,8 +97,7 @@ def next_step(self:Places) -> dict: # what the model is told beside the tokens
     self.upto = max(self.lengths) + 1
     self.lengths = [n+1 for n in self.lengths]
     seen = torch.arange(self.upto, device=self.device) <= lengths[:, None]
-    return dict(position_ids=lengths[:, None], attention_mask=seen[:, None, None], past_key_values=self,
-                use_cache=True)
+    return dict(position_ids=lengths[:, None], attention_mask=seen[:, None, None], past_key_values=self, use_cache=True)
 
 # %% ../nbs/chat/decoding.ipynb #02f00011
 def recordable(model) -> bool:
@@ -140,7 +138,6 @@ def seat(self:Decoder, prompts:list[list[int]], names:list|None=None # of the ad
     self.table.add(cache, sizes, names)
     return out.logits[torch.arange(len(prompts)), torch.tensor([ends.index(n) for n in sizes])]
 
-# %% ../nbs/chat/decoding.ipynb #02f00012
 @patch
 # one of each occupied place; (occupied, vocabulary) logits
 def plain_step(self:Decoder, tokens:list[int]) -> torch.Tensor:

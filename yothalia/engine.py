@@ -7,18 +7,15 @@ __all__ = ['EngineConfig', 'Engine']
 
 # %% ../nbs/chat/engine.ipynb #07c00004
 import queue, threading, time
-from dataclasses import dataclass, field
-from typing import Callable, Iterator
 from fastcore.basics import patch
 from .core import *
 from .models import *
 from .prompts import *
 from .runs import *
-from .prompts import _ids
-from .decoding import Decoder, recordable
+from .decoding import Decoder
 from .adapters import side_by_side
 from .sampling import *
-import numpy as np, torch
+import torch
 
 # %% ../nbs/chat/engine.ipynb #07c00008
 class EngineConfig(TunedConfig):
@@ -36,7 +33,6 @@ def tell(self:Request, piece:str|None # None: no more will come
     self.out.put(piece)
     if self.ring: self.ring()
 
-# %% ../nbs/chat/engine.ipynb #07c00010v
 @patch
 def show(self:Request, token:int, logits:torch.Tensor): # (vocabulary,)
     "Note how likely a token was, before temperature and all that is cut off, and which would have been likelier."
@@ -44,7 +40,6 @@ def show(self:Request, token:int, logits:torch.Tensor): # (vocabulary,)
     top = p.topk(self.likely)
     self.shown.append((token, float(p[token]), list(zip(top.indices.tolist(), top.values.tolist()))))
 
-# %% ../nbs/chat/engine.ipynb #07c00010x
 @patch
 def hear(self:Request, token:int, tok, ends:set[int]) -> bool: # whether it goes on
     "Take a token, and hand out what is certain."
@@ -102,7 +97,6 @@ def ask(self:Engine, r:Request) -> Request:
     self.waiting.put_nowait(r)
     return r
 
-# %% ../nbs/chat/engine.ipynb #07c00013
 @patch
 def newcomers(self:Engine, busy:bool, most:int=1024 # whether somebody is being answered; tokens that are read at a time
              ) -> list[Request]:
@@ -134,7 +128,6 @@ def heard(self:Engine, on:bool, logits, first:int): # (replies, vocabulary), of 
         if those[k].likely is not None and drawn[k] not in self.ends: those[k].show(drawn[k], logits[k])
         if not those[k].hear(drawn[k], self.tok, self.ends): self.leave(on, first+k)
 
-# %% ../nbs/chat/engine.ipynb #07c00013x
 @patch
 def step(self:Engine, on:bool):
     "A token for everybody at a table."
@@ -153,7 +146,6 @@ def leave(self:Engine, on:bool, place:int):
     seated[place] = seated[-1]
     seated.pop()
 
-# %% ../nbs/chat/engine.ipynb #07c00014
 @patch
 def run(self:Engine):
     "Until stopped: seat those who came, step all."

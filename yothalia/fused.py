@@ -43,7 +43,6 @@ def _weight_of(layer): # a frozen linear layer
         from bitsandbytes.functional import dequantize_4bit
         return lambda: dequantize_4bit(w, w.quant_state)
 
-# %% ../nbs/lora/fused.ipynb #02b00009p
 class _Frozen:
     "The products of a frozen layer, on the way there and on the way back."
     def __init__(self, weight, bias): self.weight, self.bias = weight, bias # a function that gives (out, in); (out,)
@@ -68,7 +67,6 @@ def _fused(layer:LoraLayer, # one with a single plain branch
         return _LoraLinear.apply(x, frozen, A.weight, B.weight, layer.scaling[name])
     return forward
 
-# %% ../nbs/lora/fused.ipynb #02b00009y
 def fuse(model, # a PeftModel
          fp8=None # see below
         ) -> int: # how many layers
@@ -186,7 +184,6 @@ def gather(self:Flat):
     self.sum.add_(self.grad)
     self.grad.zero_()
 
-# %% ../nbs/lora/fused.ipynb #02b00013x
 @patch
 def step(self:Flat, lr:float, # learning rate
          max_norm:float=1. # of the gradient, which is cut to it
@@ -212,7 +209,6 @@ def state(self:Flat) -> dict[str,torch.Tensor]:
                 **{k: torch.cat([zero(v.detach(), s, k) for v, s in zip(self.groups, of)])
                    for k in ('exp_avg', 'exp_avg_sq')})
 
-# %% ../nbs/lora/fused.ipynb #02b00013z
 @patch
 def load(self:Flat, state:dict[str,torch.Tensor] # from `state`
         ):

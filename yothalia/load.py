@@ -6,15 +6,14 @@
 __all__ = ['ServerName', 'LoadConfig', 'heard', 'all_at_once', 'server_command', 'started', 'load_metrics', 'load_table']
 
 # %% ../nbs/studies/load.ipynb #07e00004
-import os, re, socket, subprocess, sys, threading, time
+import os, socket, subprocess, sys, threading, time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 import numpy as np, pandas as pd
 from .core import *
 from .models import *
-from .data import ensure_data, load_split
-from .serve import slug
+from .data import load_split
 from .runs import *
 
 # %% ../nbs/studies/load.ipynb #07e00008
@@ -35,8 +34,7 @@ def heard(client, name:str, line:str, new_tokens:int # an OpenAI client, the mod
     start, text, first, error = time.perf_counter(), '', None, ''
     try:
         for e in client.chat.completions.create(model=name, messages=[dict(role='user', content=line)], stream=True,
-                                                max_tokens=new_tokens,
-                                                temperature=.7, seed=0):
+                                                max_tokens=new_tokens, temperature=.7, seed=0):
             if e.choices and (piece := e.choices[0].delta.content):
                 first = first or time.perf_counter()-start
                 text += piece
@@ -66,10 +64,8 @@ def server_command(server:ServerName, cfg:LoadConfig, port:int) -> tuple[list[st
                 '--adapter', '', '--places', str(max(cfg.clients)), '--waiting', str(max(cfg.clients))], f'{who}@base'
     place = resolve_model(cfg.model)
     return [str(Path(sys.executable).with_name('transformers')), 'serve', place, '--port', str(port), '--host',
-            '127.0.0.1',
-            *(['--continuous-batching'] if server.endswith('batched') else [])], place
+            '127.0.0.1', *(['--continuous-batching'] if server.endswith('batched') else [])], place
 
-# %% ../nbs/studies/load.ipynb #87fe2f80
 def _answers(port:int) -> bool:
     import httpx
     try: return httpx.get(f'http://127.0.0.1:{port}/health', timeout=2).is_success

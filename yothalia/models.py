@@ -12,7 +12,7 @@ __all__ = ['PRECISIONS', 'PrecisionName', 'EMBEDDED', 'ALIASES', 'API', 'GGUF', 
            'find_memory', 'ModelsConfig']
 
 # %% ../nbs/base/models.ipynb #b3d16df2
-import functools, json, os, re, shutil, struct, subprocess, sys, tempfile, time, warnings, zipfile
+import functools, json, os, re, shutil, struct, subprocess, sys, tempfile, warnings, zipfile
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from logging import getLogger
@@ -74,12 +74,11 @@ def quantization_config(precision:str, to_save:bool=False):
 
 # %% ../nbs/base/models.ipynb #c4d45f46
 EMBEDDED = 'smollm2-135m'
-ALIASES = {EMBEDDED: 'HuggingFaceTB/SmolLM2-135M-Instruct',
-    'llama2-7b-chat': 'meta-llama/Llama-2-7b-chat-hf',
-    'internlm-chat-7b': 'internlm/internlm-chat-7b', 'internlm-chat-20b': 'internlm/internlm-chat-20b',
-    'baichuan2-7b-chat': 'baichuan-inc/Baichuan2-7B-Chat',
-    'qwen3-0.6b': 'Qwen/Qwen3-0.6B', 'qwen3-4b': 'Qwen/Qwen3-4B-Instruct-2507', 'qwen3-8b': 'Qwen/Qwen3-8B',
-    'qwen3-14b': 'Qwen/Qwen3-14B', 'mistral-small-24b': 'mistralai/Mistral-Small-24B-Instruct-2501'}
+ALIASES = {EMBEDDED: 'HuggingFaceTB/SmolLM2-135M-Instruct', 'llama2-7b-chat': 'meta-llama/Llama-2-7b-chat-hf',
+           'internlm-chat-7b': 'internlm/internlm-chat-7b', 'internlm-chat-20b': 'internlm/internlm-chat-20b',
+           'baichuan2-7b-chat': 'baichuan-inc/Baichuan2-7B-Chat', 'qwen3-0.6b': 'Qwen/Qwen3-0.6B',
+           'qwen3-4b': 'Qwen/Qwen3-4B-Instruct-2507', 'qwen3-8b': 'Qwen/Qwen3-8B', 'qwen3-14b': 'Qwen/Qwen3-14B',
+           'mistral-small-24b': 'mistralai/Mistral-Small-24B-Instruct-2501'}
 
 API = 'openai:'  # what stands before the name of a model that can only be asked, at an address
 
@@ -369,7 +368,6 @@ def weight_tensors(model # with or without adapter
         return [p, *(t for t in (*own, getattr(p, 'SCB', None)) if hasattr(t, 'nbytes'))]
     return list({t.data_ptr(): t for p in model.parameters() for t in held(p)}.values())
 
-# %% ../nbs/base/models.ipynb #80f85397
 def load_adapter(model, # a base model
                  adapter:str|Path, # the adapter's folder
                  name:str='default' # what the model calls it

@@ -74,7 +74,6 @@ def _segments(q, k, v, bounds, **kw): # (1, heads, tokens, size) each
         q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], is_causal=True, enable_gqa=q.shape[1] != k.shape[1], **kw)
     return torch.cat([attend(a, b) for a, b in zip(bounds, bounds[1:])], 2).transpose(1, 2)
 
-# %% ../nbs/lora/packing.ipynb #02a00011x
 def _varlen(q, k, v, starts, longest, scale): # (1, heads, tokens, size) each
     "The same by torch's kernel for lengths that vary."
     from torch.nn.attention.varlen import varlen_attn
@@ -82,7 +81,6 @@ def _varlen(q, k, v, starts, longest, scale): # (1, heads, tokens, size) each
     if (n := q.shape[1]//k.shape[1]) > 1: k, v = (t.repeat_interleave(n, 1) for t in (k, v))
     return varlen_attn(q, k, v, starts, starts, longest, longest, scale=scale, window_size=(-1, 0))[None]
 
-# %% ../nbs/lora/packing.ipynb #02a00011y
 def packed_attention(module, query, key, value, attention_mask=None, # (1, heads, tokens, size); no mask
                      scaling:float|None=None, dropout:float=0., **kw # pack: a Packed
                     ) -> tuple: # (1, tokens, heads, size), None
@@ -166,7 +164,6 @@ def pack_size(device) -> int:
     "Tokens of a pack where nothing is trained: on a CPU what stays in its caches, on a GPU what keeps it busy."
     return 8192 if torch.device(device).type == 'cuda' else 512
 
-# %% ../nbs/lora/packing.ipynb #02a00021
 @torch.no_grad()
 def example_nll(model, data, # examples
                 size:int=0 # tokens in a pack; 0 for what suits the device

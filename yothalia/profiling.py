@@ -7,27 +7,19 @@ __all__ = ['ProfilingConfig', 'peak_memory', 'train_iteration', 'one_step', 'pro
            'share_of_limit', 'plot_phases', 'operator_kind', 'plot_operators', 'plot_profile']
 
 # %% ../nbs/05_profiling.ipynb #f970cf16
-import gc, gzip, json, os, threading, time
+import os, threading, time
 from contextlib import contextmanager
 from pathlib import Path
-
-# %% ../nbs/05_profiling.ipynb #7db7d687
-import numpy as np, pandas as pd, psutil, torch
+import pandas as pd, psutil, torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 from .core import *
 from .models import *
-from .questions import make_questions
-from .benchmark import question_item
-from .rows import DataError
-from .data import data_hash, ensure_data, lesson_rows, load_split
-from .lora import LoraConfig, add_lora, examples, token_budget
 from .packing import pack_nll, packed
-from .scoring import Item, auto_budget, road_costs, score_items
-from .training import Told, Training, matmul_parameters, matmul_rate, wait_for_gpu
+from .training import Told, Training, wait_for_gpu
+from .runs import *
 
 os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # torch's profiler writes its stages to stderr
-from .runs import *
 
 # %% ../nbs/05_profiling.ipynb #c776f884
 class ProfilingConfig(HeldConfig):
@@ -130,12 +122,10 @@ def plot_phases(record:dict, # of this step
            title=f'Training iteration: {sum(m.values()):.1f} s, {reached:.1%} of the matmul rate')
 
 _KINDS = {'attention': ('scaled_dot_product', '_flash', 'efficient_attention', 'sdpa'),
-          'matrix products': ('aten::mm', 'aten::addmm', 'aten::bmm', 'aten::matmul', 'linear', 'gemm', 'xmma', 'nvjet',
-                              'cutlass'),
-          'copies and casts': ('copy', 'clone', 'aten::cat', '_to_copy'),
+          'matrix products': ('aten::mm', 'aten::addmm', 'aten::bmm', 'aten::matmul', 'linear', 'gemm', 'xmma',
+                              'nvjet', 'cutlass'), 'copies and casts': ('copy', 'clone', 'aten::cat', '_to_copy'),
           'softmax and loss': ('softmax', 'nll', 'logsumexp', 'cross_entropy')}
 
-# %% ../nbs/05_profiling.ipynb #a85d4ee9x
 def operator_kind(name:str) -> str:
     """The kind of work that an operator does: attention (forward or backward), matrix products, copies, loss,
     element-wise."""
@@ -150,10 +140,8 @@ def plot_operators(record:dict, ax):
     wide = ops.pivot_table(index='kind', columns='iteration', values='share',
                            aggfunc='sum').fillna(0).sort_values('train')
     wide.plot.barh(ax=ax, color=['#949494', '#0173b2'])
-    ax.set(xlabel='share of the operators\' time', ylabel='',
-           title='Where the time goes')
+    ax.set(xlabel='share of the operators\' time', ylabel='', title='Where the time goes')
 
-# %% ../nbs/05_profiling.ipynb #a85d4ee9z
 def plot_profile(record:dict):
     "Phases and operators, side by side."
     import matplotlib.pyplot as plt

@@ -18,7 +18,6 @@ from pydantic import AfterValidator, PrivateAttr, field_validator
 from .core import *
 from .models import *
 from .rows import DataError
-from .data import ensure_data, lesson_rows, load_split
 
 # %% ../nbs/data/prompts.ipynb #72ba98de
 class PromptsConfig(Config):
@@ -197,7 +196,6 @@ def messages(row:dict, tok, # a row, the model's tokenizer
         out.append(dict(role=turn['role'], content=text))
     return out
 
-# %% ../nbs/data/prompts.ipynb #0ad340b0
 # (told by the template, adapter)
 CONDITIONS = {'base': (False, False), 'prompt': (True, False), 'lora': (False, True), 'both': (True, True)}
 COLOURS = dict(base='#949494', prompt='#0173b2', lora='#de8f05', both='#029e73')  # seaborn's colour-blind palette
@@ -297,7 +295,6 @@ def encode_chain(chain:list[dict], # from `chains`
         done = len(said) - len(tok.decode(rest)) if rest else len(said)
     return dict(input_ids=ids, labels=labels)
 
-# %% ../nbs/data/prompts.ipynb #caec30d0
 def preview(e:dict, # input_ids and labels
             tok) -> str: # HTML
     "An example, token by token, with the trained parts coloured; readable in light and dark."

@@ -9,16 +9,14 @@ __all__ = ['QuantizationConfig', 'weights_memory', 'Clock', 'time_reply', 'time_
 # %% ../nbs/03_quantization.ipynb #a51ccf28
 import gc, time
 from operator import itemgetter
-from pathlib import Path
 import numpy as np, pandas as pd, torch
 from scipy import stats
 from transformers.generation.streamers import BaseStreamer
 from .core import *
 from .models import *
-from .data import data_hash, ensure_data, lesson_rows, load_split, personas
 from .prompts import *
 from .runs import *
-from .lora import examples, loss_metric, token_budget
+from .lora import loss_metric
 from .packing import example_nll
 
 # %% ../nbs/03_quantization.ipynb #7cf73d96
@@ -117,8 +115,7 @@ def precision_table(records:list[dict] # of this step
         first = Metric({**m['first token'], 'value': m['first token']['value']*1e3,
                         'interval': m['first token']['interval'] and [x*1e3 for x in m['first token']['interval']]})
         lines.append({'precision': r['what']['precision'], 'weights (MB)': f"{m['weights']['value']/1e6:.0f}",
-                      'loss (nats/token)': f"{m['held-out loss']:.3f}",
-                      'added (paired)': f'{added(r):.4f}',
+                      'loss (nats/token)': f"{m['held-out loss']:.3f}", 'added (paired)': f'{added(r):.4f}',
                       **{f'{k} (tokens/s)': f'{v:.1f}' for k, v in decode_speeds(r).items()},
                       'first token (ms)': f'{first:.0f}'})
     return pd.DataFrame(lines)

@@ -20,13 +20,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from operator import itemgetter
 from pathlib import Path
-from typing import Annotated
 import numpy as np, pandas as pd
 from scipy import sparse
 from .core import *
 from .rows import DataError
-from .data import (crossed, data_hash, ensure_data, label_rows, load_split, near_pairs, normal, sample_rows,
-                           split_rows, spoken_name)
+from .data import crossed, near_pairs, normal, sample_rows, spoken_name
 
 # %% ../nbs/benchmark/questions.ipynb #a3b6ec0d
 @dataclass(frozen=True)
@@ -39,16 +37,14 @@ class Track:
     closed: bool=True    # in sets in which each choice is true once, and false in all other questions
     alone: bool=False    # the others are what the model itself would say: for a character without company
 
-TRACKS = {'speaker': Track('Who is speaking?', 'persona'),
-          'speaker-near': Track('Who is speaking, among their like?', 'persona', near=True),
+TRACKS = {'speaker': Track('Who is speaking?', 'persona'), 'speaker-near': Track('Who is speaking, among their like?',
+                                                                                 'persona', near=True),
           'speaker-masked': Track('Who is speaking, without names?', 'persona', masked=True),
-          'voice': Track('Whose reply is it?'),
-          'random': Track('Which reply, among any others?', closed=False),
+          'voice': Track('Whose reply is it?'), 'random': Track('Which reply, among any others?', closed=False),
           'hard': Track('Which reply, among those to similar lines?'),
           'same-character': Track('Which reply, among others of the same character?', closed=False),
           'own': Track('Which reply, among what the model itself would say?', closed=False, alone=True)}
 
-# %% ../nbs/benchmark/questions.ipynb #a4e9337c
 TrackName = one_of(TRACKS, 'track')  # the type in every configuration
 
 # %% ../nbs/benchmark/questions.ipynb #b87e47cb
@@ -173,9 +169,8 @@ def question(pool:Pool, i:int, rows:list[int],
     "A question which of several replies answers row i."
     r, choices = pool.rows[i], [pool.rows[j]['reply'] for j in rows]
     return dict(id=content_hash(r['instruction'], r['user'], choices), track=track, cluster=r['character'],
-                lang=r['lang'],
-                instruction=r['instruction'], history=r.get('history') or [], user=r['user'], choices=choices,
-                answer=rows.index(i)) | more
+                lang=r['lang'], instruction=r['instruction'], history=r.get('history') or [], user=r['user'],
+                choices=choices, answer=rows.index(i)) | more
 
 def drawn_questions(pool:Pool, options:int, track:str, near:float): # yields questions
     "One question from each row whose distractors can be drawn."
@@ -248,7 +243,6 @@ def _shipped_replies(rows:list[dict], langs:set): # yields up to twenty for each
         best = [shipped[j] for j in np.argsort(-np.asarray(nearness), kind='stable')]
         yield [o['reply'] for o in best if o['lang'] == r['lang']][:20]
 
-# %% ../nbs/benchmark/questions.ipynb #491d6852
 def own_questions(pool:Pool, said:dict[str,list[str]], # line → what the model says to it
                   options:int=5, near:float=0.8): # yields questions
     """One question from each row whose line the model has answered: the model's replies, and from three options on one
@@ -385,7 +379,6 @@ def _drawn_cast(of:dict, personas:dict, size:int, near:float, friends:dict|None,
     if whole: return took
     return []
 
-# %% ../nbs/benchmark/questions.ipynb #b40888ec
 def _drop_empty(of:dict):
     "Forget the characters that have no row left."
     for c in [c for c, rows in of.items() if not rows]: del of[c]

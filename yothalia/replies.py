@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from .core import *
 from .models import *
-from .data import data_hash, ensure_data, lesson_rows, personas, script, split_kind
+from .data import data_hash, personas, script
 from .prompts import *
 from .runs import *
 from .questions import _NO_SPACES, CharacterClassifier, mask, names_in, row_id
 from .benchmark import write_lines
-from .stats import estimate
+from .stats import mean_metric
 
 # %% ../nbs/benchmark/replies.ipynb #a7a00008
 class RepliesConfig(TunedConfig):
@@ -136,10 +136,7 @@ MEANS = {f'copies of {COPY} and more': lambda o: o['run'] >= COPY, 'copied runs 
 
 def mean_of(lines:list[dict], of, unit:str='share') -> dict: # a metric; `of`: a field, or a function of a line
     "A mean over replies, with its interval by resampling characters."
-    values = [of(o) if callable(of) else o[of] for o in lines]
-    if len(lines) < 2: return metric(float(np.mean(values)), unit, len(lines))
-    e = estimate(values, [o['character'] for o in lines])
-    return metric(e['value'], unit, e['n'], e['low'], e['high'])
+    return mean_metric([of(o) if callable(of) else o[of] for o in lines], [o['character'] for o in lines], unit)
 
 def reply_metrics(lines:list[dict]) -> dict[str,dict]: # name → metric
     "All means over replies, and the geometric mean of their length over that of the author's."
@@ -206,10 +203,9 @@ def replies_of(cfg:RepliesConfig, run:Run, rows:list[dict], condition:str, # a k
     return out
 
 # %% ../nbs/benchmark/replies.ipynb #a7a0001e
-def _what(cfg:RepliesConfig, run:Run, condition:str) -> dict: # of a record
+def _what(run:Run, condition:str) -> dict: # of a record
     tells, on = CONDITIONS.get(condition, (False, False))
-    return dict(step='replies', model=model_name(cfg.model), precision=cfg.precision, condition=condition,
-                data_hash=data_hash(cfg.out), split=split_kind(cfg.out), adapter=adapter_hash(run.worn) if on else '',
+    return dict(step='replies', condition=condition, adapter=adapter_hash(run.worn) if on else '',
                 template=template_id(run.told if tells else 'bare'))
 
 def measure_replies(cfg:RepliesConfig, run:Run) -> list[dict]: # records, each with its lines
@@ -223,10 +219,7 @@ def measure_replies(cfg:RepliesConfig, run:Run) -> list[dict]: # records, each w
     for f in folder.glob('replies-*'): f.unlink() # of an earlier run
     for c, replies in said.items():
         lines = measured(replies, train, own_probability(replies, authors, cfg.folds))
-        path = write_jsonl(folder/f'replies-{c}.lines.jsonl', lines)
-        what, found = _what(cfg, run, c), reply_metrics(lines)
-        record = save_record(folder/f'replies-{c}.json', what, found, cfg.model_dump(), path)
-        out.append(record | dict(lines=lines))
+        out.append(keep(cfg, f'replies-{c}', _what(run, c), reply_metrics(lines), lines) | dict(lines=lines))
     return out
 
 # %% ../nbs/benchmark/replies.ipynb #a7a0001f

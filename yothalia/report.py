@@ -36,7 +36,6 @@ def of_track(bench:list[dict], # records of the benchmark
     by = {r['what']['condition']: r for r in here if r['what']['mode'] in (mode, 'rules')}
     return {c: by[c] for c in (*CONDITIONS, 'none') if c in by}
 
-# %% ../nbs/run/report.ipynb #6ea888de
 def headline_accuracies(by:dict # from `of_track`
               ) -> dict[str,dict]: # condition → metric
     "The headline accuracy in each condition."
@@ -113,7 +112,6 @@ def template_sentence(records:list[dict]) -> list[str]:
             f"replies "
             f"likeliest: {signed(m['gain'])} nats per token more than after the line alone{more}."]
 
-# %% ../nbs/run/report.ipynb #9e98973a
 def heard_sentences(records:list[dict]) -> list[str]:
     "Whose the model's own replies sound like, and whether they end."
     by = {r['what']['condition']: r['metrics'] for r in records}
@@ -208,7 +206,6 @@ def show_frame(frame, title:str, console:Console):
     console.print(t)
     console.print()
 
-# %% ../nbs/run/report.ipynb #9dd8a1de
 def summary_figure(folder:Path # the run's folder
                   ) -> Path|None: # the picture, None if nothing was measured
     "Who is speaking, what the replies gain, what precisions cost, and the training iteration, in one picture."

@@ -10,10 +10,10 @@ __all__ = ['SHIPPED', 'FIELDS', 'MAX_FIELD', 'MAX_BYTES', 'SUFFIXES', 'SPELLINGS
            'persona_text', 'to_rows', 'some_left', 'only', 'read_rows']
 
 # %% ../nbs/data/rows.ipynb #597cf3e6
-import csv, gzip, io, json, re, string, sys, unicodedata, zipfile, zlib
-from collections import Counter, defaultdict
+import csv, gzip, io, json, re, zipfile, zlib
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from .core import *
@@ -291,7 +291,6 @@ def exchanges(turns, base:dict, # (role, text, line) in order, and the fields th
 _ROLES = {'human': 'user', 'gpt': 'assistant', 'model': 'assistant', 'bot': 'assistant', 'char': 'assistant',
           'developer': 'system'}
 
-# %% ../nbs/data/rows.ipynb #e0d96e78x
 def _turn(t:dict) -> tuple[str, str]: # role, text
     "A turn of ShareGPT or OpenAI."
     who = str(t.get('from') or t.get('role') or '').lower()
@@ -299,7 +298,6 @@ def _turn(t:dict) -> tuple[str, str]: # role, text
     if isinstance(text, list): text = ''.join(p.get('text', '') for p in text if isinstance(p, dict))
     return _ROLES.get(who, who), text
 
-# %% ../nbs/data/rows.ipynb #e0d96e78y
 def _conversation(o:dict, turns:list, scene:str) -> Iterator[dict|str]:
     "Rows, or reasons why there is none, of ShareGPT's `conversations` or OpenAI's `messages`."
     base, kept = _flat(o), []
@@ -331,7 +329,6 @@ def expand(o:dict, # an item
 _CHOICES = ({'choices'}, {'options'}, {'a', 'b', 'c', 'd'}, {'option_a', 'option_b'}, {'choice_a', 'choice_b'},
             {'mc1_targets'}, {'distractors'})
 
-# %% ../nbs/data/rows.ipynb #dc43ce0ax
 def check_columns(columns, source:str, names:dict=SPELLINGS):
     "A `DataError` if a table with these columns cannot give lines and replies."
     columns = list(columns)
@@ -451,7 +448,6 @@ def tavern_chats(text:str) -> Chats|None:
 # %% ../nbs/data/rows.ipynb #f3d2f493
 PAUSE = 6*3600  # seconds of silence that end a scene
 
-# %% ../nbs/data/rows.ipynb #f3d2f493x
 def by_pauses(said) -> list[list]: # from (time in s or None, speaker, text, line)
     "Scenes of a log, divided where nobody wrote for `PAUSE`."
     scenes, last = [], None
@@ -461,7 +457,6 @@ def by_pauses(said) -> list[list]: # from (time in s or None, speaker, text, lin
         last = last if t is None else t
     return scenes
 
-# %% ../nbs/data/rows.ipynb #f3d2f493y
 def _pieces(text) -> str:
     "Telegram's text, which may be a list of strings and marked pieces."
     if isinstance(text, list):
@@ -498,7 +493,6 @@ _STAMP = re.compile(r'^\[?(\d{1,4})[./-](\d{1,2})[./-](\d{2,4}),?\s+'  # the dat
 _NO_TEXT = re.compile(r'^<[^>]{3,60}>$|^(image|video|audio|sticker|gif|document|contact card) omitted$|^\S+ \(file '
                       r'attached\)$', re.I)
 
-# %% ../nbs/data/rows.ipynb #84d34758x
 def _when(m, day_first:bool) -> float|None:
     "Seconds of a stamp."
     a, b, c = (int(m[i]) for i in (1, 2, 3))

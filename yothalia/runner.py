@@ -17,7 +17,7 @@ import yaml
 from filelock import FileLock, Timeout
 from rich.console import Console
 from .core import *
-from .models import ModelError, find_adapter, find_memory, find_model, is_api
+from .models import find_adapter, find_memory, find_model, is_api
 
 # %% ../nbs/run/runner.ipynb #91c8a2cd
 @dataclass(frozen=True)
@@ -239,7 +239,6 @@ def refuse_away(planned:dict[str,Config]):
         from yothalia.contestants import check_contestant
         check_contestant(planned['04_benchmark'].base_url, planned['04_benchmark'].price)
 
-# %% ../nbs/run/runner.ipynb #31bdb1d7
 def look_first(planned:dict[str,Config]):
     "Raise one sentence for whatever the steps will need and is not there."
     refuse_away(planned)

@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from .core import *
 from .models import *
 from .rows import DataError
-from .data import DEMO, DataConfig, data_hash, ensure_data, load_split, no_rows, personas, prepare, split_kind
+from .data import DEMO, DataConfig, data_hash, load_split, no_rows, personas, prepare, split_kind
 from .prompts import *
 
 # %% ../nbs/data/runs.ipynb #576253f6
@@ -138,14 +138,14 @@ def open(cls:Run, where:str|Path, # its folder, or its name in `_runs`
 def keep(cfg:Config, # of the step, with out, model and precision
          name:str, # of the record, which is kept in `records/NAME.json`
          what:dict, # what else it is about: step, adapter, template …
-         metrics:dict[str,dict], lines:list[dict]|None=None, # lines: a question, a row, or a step each
+         metrics:dict[str,dict], lines:list[dict]|Path|None=None, # what it rests on, or the file that holds it
          kind:str='lines' # of the file with the lines
         ) -> dict: # the record, with its path
     "Write the record of a measurement, with model, precision, rows and split, and the lines that it rests on."
     path = rooted(cfg.out)/'records'/f'{name}.json'
     same = dict(model=model_name(cfg.model), precision=getattr(cfg, 'precision', 'bf16'), data_hash=data_hash(cfg.out),
                 split=split_kind(cfg.out))
-    beside = None if lines is None else write_jsonl(path.with_suffix(f'.{kind}.jsonl'), lines)
+    beside = write_jsonl(path.with_suffix(f'.{kind}.jsonl'), lines) if isinstance(lines, list) else lines
     return save_record(path, same | what, metrics, cfg.model_dump(), beside) | dict(path=path)
 
 # %% ../nbs/data/runs.ipynb #c7f4d333

@@ -28,8 +28,7 @@ class Sampling:
     seed: int|None = None    # the same seed, the same reply
 
 PRESETS = {'greedy': Sampling(temperature=0., guard=0), 'calm': Sampling(temperature=.5, top_p=.9),
-           'lively': Sampling(),
-           'wild': Sampling(temperature=1.1, top_p=1., min_p=.05)}
+           'lively': Sampling(), 'wild': Sampling(temperature=1.1, top_p=1., min_p=.05)}
 
 def find_preset(name:str) -> Sampling:
     "A preset by its name; a `ValueError` that names those there are."
@@ -121,7 +120,6 @@ def pieces(self:Request, timeout:float|None=None # seconds between two pieces, a
     except queue.Empty: raise TimeoutError('nothing was said for too long') from None
     finally: self.cancelled.set()
 
-# %% ../nbs/chat/sampling.ipynb #5a4d0002
 class Speaker(Protocol):
     "Whoever can be asked: one model, many replies at once, an engine at another address."
     tok: object                  # the tokenizer of its model
@@ -142,7 +140,6 @@ def held_back(text:str, stops:tuple[str,...]) -> int:
     "How many characters at the end may be the beginning of a stop text."
     return max((n for s in stops for n in range(1, min(len(s), len(text)+1)) if text.endswith(s[:n])), default=0)
 
-# %% ../nbs/chat/sampling.ipynb #07b0000fy
 def take(r, # a reply: text, ids, ended, sent
          token:int, tok, ends:set[int], # tokens that end a turn
          stops:tuple[str,...]=(), limit:int=256 # texts that end it; tokens
@@ -159,7 +156,6 @@ def take(r, # a reply: text, ids, ended, sent
     piece, r.sent = r.text[r.sent:sure], max(sure, r.sent)
     return piece
 
-# %% ../nbs/chat/sampling.ipynb #07b0000fz
 def close(r, why:str) -> str: # what had been held back
     "No more will be said."
     r.text, r.ended = r.text.rstrip().removesuffix('\ufffd'), why

@@ -203,7 +203,6 @@ def in_levels(query, key, value, pack, layer, scale) -> torch.Tensor: # (1, head
     for l, (o, lse) in zip(levels[1:], parts[1:]): out[l.q] += o*weight(l, lse)
     return out.to(query.dtype).transpose(0, 1).unsqueeze(0)
 
-# %% ../nbs/benchmark/scoring.ipynb #d0278a06
 _reading = [] # the pack that is being read
 
 def tree_attention(module, query, key, value, attention_mask=None, scaling=None, sliding_window=None, **kw):

@@ -8,18 +8,17 @@ __all__ = ['NOT_HERE', 'MAX_BODY', 'MAX_MESSAGES', 'REASONS', 'ServeConfig', 'St
            'chunk', 'following', 'streamed', 'body_of', 'guarded', 'app_of', 'serve_forever']
 
 # %% ../nbs/chat/serve.ipynb #07d00004
-import asyncio, contextlib, hmac, json, os, queue, re, time, uuid
+import asyncio, contextlib, hmac, json, queue, time, uuid
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from fastcore.basics import patch
 from .core import *
 from .models import *
 from .prompts import *
 from .runs import *
 from .prompts import _ids
-from .cards import CardError, read_card
-from .characters import Character, cast_of_run, character_of, character_of_card, slug
-from .sampling import Request, Sampling, Speaker, find_preset
+from .cards import read_card
+from .characters import Character, cast_of_run, character_of_card, slug
+from .sampling import Request, Sampling, Speaker
 from .chat import Session
 from .engine import Engine
 from .adapters import Adapters, load_adapters
@@ -132,10 +131,8 @@ def sampling_of(body:dict, new_tokens:int) -> tuple[Sampling, tuple[str,...]]: #
     most = number(body, 'max_completion_tokens', number(body, 'max_tokens', new_tokens, 1, 10**6, True), 1, 10**6, True)
     like = Sampling()
     return Sampling(number(body, 'temperature', like.temperature, 0, 2), number(body, 'top_p', like.top_p, 0, 1),
-                    max_tokens=most,
-                    seed=number(body, 'seed', None, -2**63, 2**63-1, True)), tuple(stop)
+                    max_tokens=most, seed=number(body, 'seed', None, -2**63, 2**63-1, True)), tuple(stop)
 
-# %% ../nbs/chat/serve.ipynb #07d0000ex
 def likely_of(body:dict) -> int|None: # None where nothing is to be shown
     "How many log-probabilities are wanted at each place."
     if body.get('logprobs') not in (None, True, False): raise Refused(400, 'logprobs must be true or false.',
@@ -202,7 +199,6 @@ def request_of(self:Stage, body:dict) -> Request:
 # how a reply ended → finish_reason
 REASONS = {'turn': 'stop', 'stop text': 'stop', 'limit': 'length', 'cancelled': 'stop'}
 
-# %% ../nbs/chat/serve.ipynb #07d00013x
 def logprobs_of(r:Request, tok, first:int=0 # from this token on
                 ) -> dict|None: # None where nobody asked
     "How likely each token was, in OpenAI's form."
@@ -217,13 +213,11 @@ def usage(r:Request) -> dict:
     "What was read and what was said."
     return dict(prompt_tokens=len(r.prompt), completion_tokens=len(r.ids), total_tokens=len(r.prompt)+len(r.ids))
 
-# %% ../nbs/chat/serve.ipynb #07d00013y
 def completion_of(r:Request, name:str, id:str, tok) -> dict:
     "A reply that was waited for."
     return dict(id=id, object='chat.completion', created=int(time.time()), model=name, usage=usage(r),
                 choices=[dict(index=0, message=dict(role='assistant', content=r.text, refusal=None),
-                              logprobs=logprobs_of(r, tok),
-                              finish_reason=REASONS.get(r.ended, 'stop'))])
+                              logprobs=logprobs_of(r, tok), finish_reason=REASONS.get(r.ended, 'stop'))])
 
 # %% ../nbs/chat/serve.ipynb #07d00013z
 def chunk(name:str, id:str, delta:dict, why:str|None=None, likely:dict|None=None, **more) -> str:

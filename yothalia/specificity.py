@@ -4,23 +4,23 @@
 
 # %% auto #0
 __all__ = ['SpecificityConfig', 'parts_of', 'crossed_lines_first', 'single_adapter', 'plain_name', 'reply_sums', 'gain_table',
-           'gain_matrix', 'own_less_others', 'as_metric', 'picked_adapters', 'metrics_of', 'specificity_metrics',
-           'language_lines', 'specificity', 'plot_specificity']
+           'gain_matrix', 'own_less_others', 'picked_adapters', 'metrics_of', 'specificity_metrics', 'language_lines',
+           'specificity', 'plot_specificity']
 
 # %% ../nbs/studies/specificity.ipynb #5d861a77
-from collections import Counter, defaultdict
+from collections import defaultdict
 from pathlib import Path
-import numpy as np, pandas as pd, torch
+import numpy as np, pandas as pd
 from .core import *
 from .models import *
 from .rows import DataError
-from .data import crossed, data_hash, ensure_data, lesson_rows, load_split, split_kind
+from .data import crossed, ensure_data, load_split
 from .prompts import BARE
 from .lora import LoraConfig, kept_adapter
 from .questions import CharacterClassifier, row_id
 from .scoring import score_items
 from .benchmark import accuracy, question_item
-from .stats import estimate
+from .stats import mean_metric
 from .runs import *
 
 # %% ../nbs/studies/specificity.ipynb #002eeca2
@@ -44,7 +44,6 @@ def _by_character(train:list[dict], test:list[dict], seed:int) -> dict: # langua
     for r in crossed_lines_first(test): found[r['lang']][r['character']][1].append(r)
     return found
 
-# %% ../nbs/studies/specificity.ipynb #c0551909
 def parts_of(train:list[dict], test:list[dict], # rows
              languages=(), characters:int=0, train_rows:int=0, test_rows:int=0, seed:int=0
             ) -> dict[str,dict[str,tuple]]: # language → character → (rows to learn, rows to be asked about)
@@ -118,10 +117,6 @@ def own_less_others(lines:list[dict]) -> np.ndarray: # (replies,) nats per token
     own = np.array([o['character'] for o in lines])[:, None] == np.array(names)
     return gains[own] - np.where(own, 0, gains).sum(1)/(len(names)-1)
 
-def as_metric(values, lines:list[dict], unit:str='nats/token') -> dict: # a metric
-    "Mean with its interval, by resampling characters."
-    e = estimate(values, [o['character'] for o in lines])
-    return metric(e['value'], unit, e['n'], e['low'], e['high'])
 
 # %% ../nbs/studies/specificity.ipynb #997ead35
 def picked_adapters(lines:list[dict]) -> np.ndarray: # (replies,) right or wrong
@@ -133,8 +128,10 @@ def metrics_of(lines:list[dict]) -> dict[str,dict]: # name → metric; lines of 
     "Specificity, gains, and who is recognised by adapters and by words."
     less = own_less_others(lines)
     own = np.array([(o['adapters'][o['character']]-o['base'])/o['tokens'] for o in lines])
-    return {'specificity': as_metric(less, lines), 'gain of the own adapter': as_metric(own, lines),
-            'gain of the others': as_metric(own-less, lines),
+    who = [o['character'] for o in lines]
+    return {'specificity': mean_metric(less, who, 'nats/token'),
+            'gain of the own adapter': mean_metric(own, who, 'nats/token'),
+            'gain of the others': mean_metric(own-less, who, 'nats/token'),
             'recognised by adapters': accuracy(picked_adapters(lines)),
             'recognised by words': accuracy([o['classifier'] == o['character'] for o in lines]),
             'chance': metric(1/len(lines[0]['adapters']), 'accuracy', len(lines))}
@@ -145,7 +142,7 @@ def specificity_metrics(lines:list[dict]) -> dict[str,dict]: # name → metric
     for o in lines: by[o['lang']].append(o)
     if len(by) == 1: return metrics_of(lines)
     less = np.concatenate([own_less_others(some) for some in by.values()])
-    out = {'specificity': as_metric(less, [o for some in by.values() for o in some])}
+    out = {'specificity': mean_metric(less, [o['character'] for some in by.values() for o in some], 'nats/token')}
     for lang, some in by.items(): out |= {f'{k} {lang}': m for k, m in metrics_of(some).items()}
     return out
 
@@ -173,12 +170,10 @@ def specificity(cfg:SpecificityConfig) -> dict: # the record
     parts, tok = parts_of(train, test, cfg.languages, cfg.characters, cfg.train_rows, cfg.test_rows,
                           cfg.seed), load_tokenizer(cfg.model)
     lines = [o for lang, of in parts.items() for o in language_lines(cfg, lang, of, tok)]
-    path = write_jsonl(rooted(cfg.out)/'records'/'specificity.rows.jsonl', lines)
     learn, ask = ({lang: len(next(iter(of.values()))[k]) for lang, of in parts.items()} for k in (0, 1))
-    what = dict(step='specificity', model=model_name(cfg.model), precision=cfg.precision, data_hash=data_hash(cfg.out),
-                split=split_kind(cfg.out),
-                characters={lang: list(of) for lang, of in parts.items()}, rows_learned=learn, rows_asked=ask)
-    return save_record(path.with_name('specificity.json'), what, specificity_metrics(lines), cfg.model_dump(), path)
+    what = dict(step='specificity', characters={lang: list(of) for lang, of in parts.items()}, rows_learned=learn,
+                rows_asked=ask)
+    return keep(cfg, 'specificity', what, specificity_metrics(lines), lines, 'rows')
 
 # %% ../nbs/studies/specificity.ipynb #6f3bd014
 def plot_specificity(lines:list[dict], # one per reply

@@ -7,7 +7,7 @@ __all__ = ['SHAPES', 'TRAINERS', 'SpeedConfig', 'shaped', 'model_of', 'speed_row
            'trained', 'trained_together', 'measure_speed', 'trainer_name', 'speed_table', 'plot_speed', 'liger_pays']
 
 # %% ../nbs/studies/speed.ipynb #02d00004
-import gc, json, subprocess, sys, tempfile, time
+import json, subprocess, sys, tempfile, time
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Literal
 from .core import *
 from .models import *
 import numpy as np, pandas as pd, torch
-from .data import data_hash, ensure_data, lesson_rows, load_split
+from .data import load_split
 from .packing import plain
 from .lora import LoraConfig, add_lora, examples, token_budget
 from .profiling import peak_memory
@@ -90,7 +90,6 @@ def model_of(name:str, cfg:SpeedConfig): # a PeftModel
         seed_everything(cfg.seed)
     return m
 
-# %% ../nbs/studies/speed.ipynb #02d0000by
 def speed_rows(cfg:SpeedConfig, vocabulary:int) -> list[dict]: # examples, in the order in which they are trained
     "Examples of the file's rows, as many as the steps need; the ids of another vocabulary are folded into this one."
     tok, some = load_tokenizer(EMBEDDED), list(load_split(cfg.out, 'train'))[:cfg.rows]
@@ -112,7 +111,6 @@ def train_ours(model, data:list[dict], cfg:SpeedConfig, liger:bool=True, fp8:boo
     return [l | dict(pack_tokens=t.size, graphs=len(t.graphs), liger=t.liger, recomputed=t.recomputed,
                  sharded=t.sharded) for l in t.at.log]
 
-# %% ../nbs/studies/speed.ipynb #02d0000dx
 def _watched(trainer, tokens:list[int]) -> list[dict]:
     "The same of a trainer of transformers' kind."
     from transformers import PrinterCallback, TrainerCallback
@@ -131,9 +129,8 @@ def _watched(trainer, tokens:list[int]) -> list[dict]:
 def _arguments(cfg:SpeedConfig, box:str, **kw) -> dict:
     "What both of them are told."
     return dict(output_dir=box, learning_rate=cfg.learning_rate, lr_scheduler_type='cosine', logging_steps=1,
-                save_strategy='no', report_to='none', disable_tqdm=True,
-                use_cpu=device_info()['device'] == 'cpu', remove_unused_columns=False, weight_decay=0.,
-                max_grad_norm=1., num_train_epochs=1, bf16=False) | kw
+                save_strategy='no', report_to='none', disable_tqdm=True, use_cpu=device_info()['device'] == 'cpu',
+                remove_unused_columns=False, weight_decay=0., max_grad_norm=1., num_train_epochs=1, bf16=False) | kw
 
 # %% ../nbs/studies/speed.ipynb #02d0000e
 def train_padded(model, data:list[dict], cfg:SpeedConfig) -> list[dict]:
@@ -160,8 +157,7 @@ def train_trl(model, data:list[dict], cfg:SpeedConfig) -> list[dict]:
         return _watched(trainer, [len(r['input_ids']) for r in trainer.train_dataset])
 
 TRAINERS = {'ours': train_ours, 'ours-fp8': partial(train_ours, fp8=True),
-            'without-liger': partial(train_ours, liger=False), 'padded': train_padded,
-            'trl': train_trl}
+            'without-liger': partial(train_ours, liger=False), 'padded': train_padded, 'trl': train_trl}
 
 # %% ../nbs/studies/speed.ipynb #02d00013
 def trained(name:str, trainer:str, cfg:SpeedConfig # a model or shape; a key of `TRAINERS`
@@ -207,8 +203,7 @@ def measure_speed(name:str, trainer:str, cfg:SpeedConfig,
     speed = weights[1:].sum()/(log[-1]['seconds']-log[0]['seconds'])
     out = {'throughput': metric(speed, 'tokens/s'),
            'share of matmul rate': metric(4*made['parameters']*speed/rate/processes, 'share'),
-           'peak memory': metric(made['bytes']/1e9, 'GB'),
-           'before the second step': metric(made['ready'], 's'),
+           'peak memory': metric(made['bytes']/1e9, 'GB'), 'before the second step': metric(made['ready'], 's'),
            'loss': metric(float(np.average([l['loss'] for l in log], weights=weights)), 'nats/token'),
            'gradient norm': metric(log[-1]['grad_norm'], ''), 'tokens': metric(int(weights.sum()), 'tokens')}
     return out, {k: log[-1][k] for k in ('pack_tokens', 'graphs', 'liger', 'recomputed',
@@ -229,7 +224,6 @@ def speed_table(records:list[dict]) -> pd.DataFrame:
     t['times the slowest'] = t['throughput'] / t.groupby(['model', 'precision'])['throughput'].transform('min')
     return t
 
-# %% ../nbs/studies/speed.ipynb #02d00013y
 def plot_speed(records:list[dict], ax=None):
     "Bars of tokens per second for each model and trainer, on a logarithmic axis."
     import matplotlib.pyplot as plt

@@ -19,7 +19,7 @@ from scipy import optimize, stats
 from statsmodels.stats.multitest import multipletests
 from .core import *
 from .prompts import COLOURS, CONDITIONS
-from .benchmark import MODES, ModeName, ReadingName, accuracy, headline_of, mcnemar, picked, right
+from .benchmark import ModeName, ReadingName, accuracy, headline_of, mcnemar, picked, right
 
 # %% ../nbs/benchmark/stats.ipynb #ff5103d0
 class StatsConfig(Config):
@@ -146,7 +146,6 @@ def paired(table:pd.DataFrame, # from `answers`
         raise StatsError(f'not the same questions: {counts}, and {int(wide.notna().all(axis=1).sum())} in common')
     return wide.astype(bool), table.drop_duplicates('id').set_index('id')['cluster'].loc[wide.index].to_numpy()
 
-# %% ../nbs/benchmark/stats.ipynb #c0d15ab4
 def answers(source:str|Path|list[dict], # a folder or records
             mode:str='cloze', # cloze, letter or generate
             by:str='', # the score that decides; empty for the headline that the record names
@@ -307,7 +306,6 @@ def estimate(values, clusters, # (n,) and (n,)
                 detectable=float(see) or np.nan, design_effect=effect, n=len(values), clusters=names,
                 resampled='characters' if names > 1 else 'questions')
 
-# %% ../nbs/benchmark/stats.ipynb #c827747b
 def mean_metric(values, # (n,)
                 clusters, # (n,) what they belong to
                 unit:str='share', draws:int=10_000) -> Metric:
@@ -319,16 +317,17 @@ def mean_metric(values, # (n,)
 # %% ../nbs/benchmark/stats.ipynb #6090e90c
 def paired_difference(a, b, # (n,) right or wrong in the first and the second condition, the same questions
                       clusters, # (n,) characters
-                      draws:int=10_000, seed:int=0, level:float=.95, power:float=.8, sets=None # (n,) closed sets
+                      draws:int=10_000, seed:int=0, sets=None, # (n,) closed sets
+                      **risk # level and power, if not 95% and 80%
                      ) -> dict:
     """Accuracy of b minus a: interval, won and lost, exact McNemar p, p by characters, and the minimum detectable
     effect."""
     a, b = np.asarray(a, bool), np.asarray(b, bool)
-    got, m = estimate(b.astype(float)-a, clusters, draws, seed, level, power, sets), mcnemar(a, b)
-    psi = (m['won']+m['lost'])/len(a)
+    got, m = estimate(b.astype(float)-a, clusters, draws, seed, sets=sets, **risk), mcnemar(a, b)
+    psi, alpha = (m['won']+m['lost'])/len(a), 1-risk.get('level', .95)
     return dict(difference=got['value'], low=got['low'], high=got['high'], won=m['won'], lost=m['lost'],
                 p_mcnemar=m['p'], p=got['p'],
-                detectable=detectable(len(a), psi, got['design_effect'], power, 1-level), discordant=psi,
+                detectable=detectable(len(a), psi, got['design_effect'], risk.get('power', .8), alpha), discordant=psi,
                 **{k: got[k] for k in ('design_effect', 'n', 'clusters', 'resampled')})
 
 # %% ../nbs/benchmark/stats.ipynb #ac46cee7
@@ -357,8 +356,8 @@ def compare(a:Answers, # from `answers`
     pairs = pairs or (PAIRS if a.along == 'condition' else [(a.values[0], v) for v in a.values[1:]])
     pairs = [p for p in pairs if set(p) <= set(a.values)]
     if not pairs: raise StatsError(f'nothing to compare: {a.along} has only {", ".join(map(str, a.values))}')
-    rows = [{'from': x, 'to': y} | paired_difference(a.wide[x], a.wide[y], a.clusters, draws, seed,
-                                                     1-(1-level)/len(pairs), power, a.sets)
+    risk = dict(level=1-(1-level)/len(pairs), power=power)
+    rows = [{'from': x, 'to': y} | paired_difference(a.wide[x], a.wide[y], a.clusters, draws, seed, a.sets, **risk)
             for x, y in pairs]
     table = pd.DataFrame(rows)
     table.insert(table.columns.get_loc('p')+1, 'p_holm', holm(table['p']))
@@ -461,7 +460,7 @@ def against_rule(a:Answers, value='prompt', # whose answers: a value of `a.along
     rule = rules[0]['what']['rule']
     hits = {o['id']: o[rule] == o['answer'] for o in read_jsonl(rules[0]['path'].parent/rules[0]['questions'])}
     return dict(rule=rule) | paired_difference([hits[i] for i in a.wide.index], a.wide[value], a.clusters, draws, seed,
-                                               level, power, a.sets)
+                                               a.sets, level=level, power=power)
 
 # %% ../nbs/benchmark/stats.ipynb #b2178122
 def find_questions(records:list[dict], # of the benchmark
@@ -480,9 +479,8 @@ def flips(a:Answers, x='base', y='lora' # values of `a.along`
     qs, wide, picked = find_questions(a.records), a.wide, a.table.pivot(index='id', columns=a.along, values='picked')
     text = lambda i, k: '(unread)' if pd.isna(k) else qs[i]['choices'][int(k)]
     rows = [dict(flip='won' if wide.at[i, y] else 'lost', id=i, cluster=qs[i]['cluster'], lang=qs[i]['lang'],
-                 user=qs[i]['user'],
-                 true=qs[i]['choices'][qs[i]['answer']],
-                 **{f'{v} picked': text(i, picked.at[i, v]) for v in dict.fromkeys((x, y))})
+                 user=qs[i]['user'], true=qs[i]['choices'][qs[i]['answer']], **{f'{v} picked': text(i, picked.at[i, v])
+                                                                                for v in dict.fromkeys((x, y))})
             for i in wide.index[wide[x] != wide[y]]]
     columns = ['flip', 'id', 'cluster', 'lang', 'user', 'true', f'{x} picked', f'{y} picked']
     return pd.DataFrame(rows, columns=columns).sort_values('flip', ascending=False, kind='stable', ignore_index=True)
@@ -564,8 +562,7 @@ def plot_budget(some:dict[str,Answers], # condition → its answers along max_re
     for j, (c, a) in enumerate(some.items()):
         g = accuracies(a, 200)
         ax.errorbar(g['max_reply']*(1+.02*j), g['accuracy'], [g['accuracy']-g['low'], g['high']-g['accuracy']],
-                    marker='o', ms=4, lw=1,
-                    capsize=2, label=c, color=COLOURS.get(c))
+                    marker='o', ms=4, lw=1, capsize=2, label=c, color=COLOURS.get(c))
     if a.records and (k := setting(a.records[0], 'options')): ax.axhline(1/k, color='gray', ls=':', lw=1)
     ax.set_xscale('log', base=2)
     ax.set_xticks(a.values, [f'{t:.0f}' for t in a.values])

@@ -21,7 +21,6 @@ from pydantic import AfterValidator
 from scipy import stats
 from .core import *
 from .models import *
-from .data import ensure_data, lesson_rows, load_split
 from .prompts import *
 from .runs import *
 from .packing import example_nll, packed
@@ -40,7 +39,6 @@ FACTORS = { # parameter of the training → in words
     'ratio': 'learning rate of B over that of A (LoRA+)', 'fp8': 'products in fp8'}
 FLOATS = ('learning_rate', 'epochs', 'persona_share', 'ratio')  # 1 is as good as 1.0
 
-# %% ../nbs/studies/sweep.ipynb #0490000a1
 def known_factors(factors:dict[str,list] # parameter of the training → its values
                  ) -> dict[str,list]: # the same; a ValueError if a training would refuse one
     "Check what shall be changed."
@@ -113,7 +111,6 @@ def suggested(log:list[dict]) -> dict[str,float]: # 'steepest', 'tenth of the lo
     slope = np.gradient(s[:low+1], np.log(rate[:low+1]))
     return {'steepest': float(rate[int(slope.argmin())]), 'tenth of the lowest': float(rate[low]/10)}
 
-# %% ../nbs/studies/sweep.ipynb #bb52fe87
 def plot_rates(log:list[dict], ax=None):
     "Loss over a rising learning rate, as measured and smoothed, with the suggestions."
     import matplotlib.pyplot as plt
@@ -195,7 +192,6 @@ def asked_in_study(cfg:SweepConfig, rows:dict) -> dict: # rows: train, valid, te
     lines = asked_lines(rows['test'], 0, cfg.reply_lines, cfg.seed) if cfg.reply_lines else []
     return tracks | dict(held=rows['valid'][:cfg.loss_rows or None], authors=rows['valid'] + rows['test'], lines=lines)
 
-# %% ../nbs/studies/sweep.ipynb #68ae6900
 def values_in(cfg:SweepConfig, run:Run, asked:dict, # speaker, voice: questions; held: rows
               c:str, how:Template): # condition; yields (measure, question, value)
     "The measures by likelihood in one condition."

@@ -12,12 +12,12 @@ import numpy as np, pandas as pd
 from .core import *
 from .models import *
 from .rows import DataError
-from .data import data_hash, ensure_data, lesson_rows, load_split, split_kind
+from .data import data_hash
 from .prompts import *
 from .runs import *
 from .questions import make_questions, questions_hash, row_id
 from .benchmark import Asking, about, accuracy, score_speaker, write_lines
-from .stats import estimate, holm
+from .stats import estimate, holm, mean_metric
 
 # %% ../nbs/studies/templates.ipynb #f1a00008
 class TemplatesConfig(HeldConfig):
@@ -76,16 +76,15 @@ def template_metrics(lines:list[dict], # of a template
                     ) -> dict[str,dict]: # metrics
     "Gain with the own persona and with others', specificity, who is found to speak, difference to the plain persona."
     who, (own, others) = [o['cluster'] for o in lines], gain_of(lines)
-    def mean(v):
-        e = estimate(v, who)
-        return metric(e['value'], 'nats/token', e['n'], e['low'], e['high']), e
-    out = {'gain': mean(own)[0]}
+    def mean(v): return mean_metric(v, who, 'nats/token')
+    out = {'gain': mean(own)}
     if others.shape[1]:
-        out |= {'gain of other personas': mean(others.mean(1))[0], 'specificity': mean(own-others.mean(1))[0],
+        out |= {'gain of other personas': mean(others.mean(1)), 'specificity': mean(own-others.mean(1)),
                 'accuracy speaker': accuracy([int(np.argmax(o['token'])) == o['answer'] for o in lines])}
     if plain is not None:
-        out['gain over persona'], e = mean(own - gain_of(plain)[0])
-        out |= {'gain over persona p': metric(e['p'], 'p', e['n']),
+        more = own - gain_of(plain)[0]
+        e = estimate(more, who)
+        out |= {'gain over persona': mean(more), 'gain over persona p': metric(e['p'], 'p', e['n']),
                 'gain over persona detectable': metric(e['detectable'], 'nats/token', e['n'])}
     return out
 
@@ -102,11 +101,11 @@ def compare_templates(cfg:TemplatesConfig, model, tok, rows:dict) -> list[dict]:
         found[t][p] = metric(float(corrected), 'p (Holm)', len(qs))
     best, out = max(names, key=lambda t: found[t]['gain']['value']), []
     for f in folder.glob('templates-*.json'): f.unlink() # of an earlier run
-    same = dict(step='templates', model=model_name(cfg.model), precision=cfg.precision, data_hash=data_hash(cfg.out),
-                split=split_kind(cfg.out), questions_hash=questions_hash(qs))
     for t, m in found.items():
-        path, what = folder/f'templates-{Path(t).stem}.json', dict(template=template_id(t), file=t, chosen=t == best)
-        out.append(save_record(path, same | what, m, cfg.model_dump(), path.with_suffix('.questions.jsonl')))
+        name = f'templates-{Path(t).stem}'
+        what = dict(step='templates', questions_hash=questions_hash(qs), template=template_id(t), file=t,
+                    chosen=t == best)
+        out.append(keep(cfg, name, what, m, folder/f'{name}.questions.jsonl'))
     return out
 
 # %% ../nbs/studies/templates.ipynb #f1a00019

@@ -221,7 +221,6 @@ def padded_pack(p:Packed, tokens:int, examples:int, targets:int, # what it shall
                   targets=fill(p.targets, targets),
                   row=fill(p.row, targets), weight=fill(p.weight, targets), bounds=bounds, longest=longest)
 
-# %% ../nbs/lora/training.ipynb #02c0000e6x
 def graph_sizes(packs:list[tuple[int,int,int]], # tokens, examples, targets of every pack of a training
                 uses:int=10 # a size that is needed more seldom is not worth a graph of its own
                ) -> list[tuple[int,int,int]]: # the same of each size, the smallest first
@@ -281,7 +280,6 @@ def packs(self:Training, i:int) -> list[Packed]: # of this process
         out[-1].weight.zero_()
     return out
 
-# %% ../nbs/lora/training.ipynb #02c0000fx
 @patch
 def packing(self:Training, i:int, rank:int|None=None # of another process
            ) -> list[list[int]]: # for each pack its examples
@@ -303,7 +301,6 @@ def plan_graphs(self:Training):
     self.sizes = graph_sizes([(sum(self.lengths[k] for k in p), len(p), sum(self.targets[k] for k in p))
                               for p in packs])
 
-# %% ../nbs/lora/training.ipynb #02c0000fz
 @patch
 def there_and_back(self:Training, p:Packed, total): # a pack on the device, target tokens of the whole step
     "Forward and backward over a pack; gradients and loss are added to those of the step."
@@ -312,7 +309,6 @@ def there_and_back(self:Training, p:Packed, total): # a pack on the device, targ
     self.flat.gather()
     self.loss.add_(nll.detach())
 
-# %% ../nbs/lora/training.ipynb #02c0000fw
 @patch
 def micro(self:Training, p:Packed, total:int):
     "Compute a pack, by a graph where that is possible."
@@ -386,7 +382,6 @@ def give_up(self:Training, why:str):
     raise TrainError(f'{why} at step {self.at.step}: lower learning_rate (now {self.told.learning_rate:g}); the last '
                      f'whole checkpoint is kept.')
 
-# %% ../nbs/lora/training.ipynb #02c00011y
 @patch
 def note(self:Training, norm:torch.Tensor): # of the gradient
     "A line of the log: means since the line before."
@@ -412,7 +407,6 @@ def last_checkpoint(folder:str|Path # where checkpoint-N folders are
              if (m := re.fullmatch(r'checkpoint-(\d+)', p.name))]
     return next((p for _, p in sorted(found, reverse=True) if sealed(p)), None)
 
-# %% ../nbs/lora/training.ipynb #02c00013x
 @patch
 def save(self:Training):
     "Write a checkpoint; only the first process does."
@@ -473,7 +467,6 @@ def spent(self:Training) -> float:
     "Seconds of training so far, those of earlier processes included and evaluation not."
     return self.at.seconds + time.perf_counter() - self.mark
 
-# %% ../nbs/lora/training.ipynb #02c00017x
 @patch
 def aside(self:Training, *jobs):
     "Do something that is not training, and do not count its time."
@@ -501,7 +494,6 @@ def matmul_rate(n:int=1024, # size of the square matrices
         times.append(time.perf_counter()-start)
     return 2*n**3 / min(times[1:])
 
-# %% ../nbs/lora/training.ipynb #02c00016z
 def matmul_parameters(model) -> int:
     "Parameters that every token is multiplied with: all but the input embedding, the output layer included."
     base = sum({id(p) if sharded(model) else p.data_ptr(): getattr(p, 'quant_state', None).shape.numel()

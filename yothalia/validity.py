@@ -12,11 +12,10 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from .core import *
 from .models import *
-from .data import data_hash, sample_rows, split_kind
 from .prompts import COLOURS, CONDITIONS, PERSONA, Template
-from .questions import TRACKS, VIEWS, learned_rule, load_questions, make_questions, questions_hash, views
+from .questions import TRACKS, VIEWS, learned_rule, load_questions, questions_hash, views
 from .benchmark import Asking, BenchmarkConfig, headline_of, right, score_cloze
-from .stats import StatsError, benchmark_records, estimate
+from .stats import StatsError, benchmark_records, mean_metric
 from .runs import *
 
 # %% ../nbs/studies/validity.ipynb #aecff892
@@ -33,8 +32,7 @@ def learned_rules(qs:list[dict], folds:int=10, draws:int=5000) -> dict[str,dict]
     for name, v in views(qs[0]['track']).items():
         if v.part and not any(q.get(v.part) for q in qs): continue
         hit = learned_rule(qs, v.part, folds) == [q['answer'] for q in qs]
-        e = estimate(hit, [q.get('set', q['cluster']) for q in qs], draws)
-        out[name] = metric(e['value'], 'accuracy', e['n'], e['low'], e['high'])
+        out[name] = mean_metric(hit, [q.get('set', q['cluster']) for q in qs], 'accuracy', draws)
     return out
 
 # %% ../nbs/studies/validity.ipynb #c49caede
@@ -52,8 +50,7 @@ def persona_shuffle(lines:list[dict], # per-question lines of a closed track: se
         hits += (picks[order] == answers).sum(1)
     n, seen = len(lines), float(right(lines, by).mean())
     return dict(observed=seen, mean=float(hits.mean()/n), low=float(np.quantile(hits/n, .025)),
-                high=float(np.quantile(hits/n, .975)),
-                p=float((1 + (hits/n >= seen - 1e-12).sum())/(1+draws)), n=n)
+                high=float(np.quantile(hits/n, .975)), p=float((1 + (hits/n >= seen - 1e-12).sum())/(1+draws)), n=n)
 
 # %% ../nbs/studies/validity.ipynb #dff60ef0
 def reorder(q:dict, seed:int=0) -> tuple[dict, list[int]]: # the question, and which old choice stands in each place
@@ -115,9 +112,8 @@ def track_validity(cfg:ValidityConfig, track:str, qs:list[dict], records:list[di
         if h: metrics |= {f'{c} split-half': metric(h['r'], 'correlation', h['characters'], h['low'], h['high']),
                           f'{c} gap of the halves': metric(h['gap'], 'accuracy', s['n'])}
     if lm is not None: metrics |= reordered_gap(lm, tok, qs[:cfg.reordered], seed=cfg.seed)
-    what = dict(step='validity', track=track, questions_hash=questions_hash(qs), data_hash=data_hash(cfg.out),
-                model=model_name(cfg.model), precision=cfg.precision, split=split_kind(cfg.out))
-    return save_record(rooted(cfg.out)/'records'/f'validity-{track}.json', what, metrics, cfg.model_dump())
+    what = dict(step='validity', track=track, questions_hash=questions_hash(qs))
+    return keep(cfg, f'validity-{track}', what, metrics)
 
 # %% ../nbs/studies/validity.ipynb #166c6dde
 def validity(cfg:ValidityConfig) -> list[dict]: # records
@@ -167,8 +163,7 @@ def plot_validity(records:list[dict], # of this step
             ax.annotate(k, (m['interval'][1], h), xytext=(5, 0), textcoords='offset points', va='center', fontsize=7,
                         color=colour)
     ax.axvline(.2, color='gray', lw=1, ls=':', zorder=0)
-    ax.set_yticks(range(len(records)),
-                  [r['what']['track'] for r in records])
+    ax.set_yticks(range(len(records)), [r['what']['track'] for r in records])
     ax.set(xlim=(-.02, 1.2), xlabel='accuracy, with 95% intervals; dotted: one in five',
            title='What is known without the character (grey), by its words (brown), by the model')
     ax.grid(axis='x', alpha=.2)

@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from .core import *
 from .models import *
-import numpy as np, pandas as pd, torch
+import numpy as np
 from fastcore.basics import patch
-from .data import data_hash, lesson_rows, load_split, split_kind
+from .data import load_split
 from .prompts import *
 from .runs import *
-from .lora import LoraConfig, add_lora, merge
+from .lora import merge
 from .questions import TRACKS, TrackName, make_tracks
 from .scoring import Item, score_items
 from .benchmark import accuracy, question_item
@@ -295,7 +295,6 @@ class Reference:
             by_model(load_model(cfg.model, 'bf16', self.adapter)))
         self.rounding = scatter(self.held['bf16'], beside)
 
-# %% ../nbs/run/verify.ipynb #05a0003cx
 @patch(as_prop=True)
 def merged(self:Reference) -> Path: return self.folder/f'merged-{adapter_hash(self.adapter)[:8]}'
 
@@ -342,11 +341,9 @@ def adapter_here(place:str):
     if (rooted(place)/'adapter_config.json').exists() and not (rooted(place)/'config.json').exists():
         raise ModelError(f'{place} is an adapter, not an export: `yothalia export` merges it.')
 
-# %% ../nbs/run/verify.ipynb #43c1dc53
 def save_verdict(ref:Reference, name:str, v:Verdict, form:str, damage:str='') -> dict: # the record
     "Write an export's record."
-    what = dict(step='export', model=model_name(ref.cfg.model), precision=ref.cfg.precision,
-                adapter=adapter_hash(ref.adapter), data_hash=data_hash(ref.cfg.out), split=split_kind(ref.cfg.out),
-                template=template_id(run_template(ref.cfg.out, ref.cfg.template)), form=form, damage=damage,
-                same=v.same, checks={k: dict(passed=ok, said=said) for k, (ok, said) in v.checks.items()})
-    return save_record(rooted(ref.cfg.out)/'records'/f'export-{name}.json', what, v.metrics, ref.cfg.model_dump())
+    what = dict(step='export', adapter=adapter_hash(ref.adapter), form=form, damage=damage, same=v.same,
+                template=template_id(run_template(ref.cfg.out, ref.cfg.template)),
+                checks={k: dict(passed=ok, said=said) for k, (ok, said) in v.checks.items()})
+    return keep(ref.cfg, f'export-{name}', what, v.metrics)
