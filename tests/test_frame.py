@@ -56,10 +56,6 @@ def test_anatomy(path):
     assert any(c.get('outputs') for c in cs if c['cell_type'] == 'code') or path.name == 'index.ipynb', 'no saved outputs'
 
 
-# What a reader can take in at once. The second number of a pair is what a few still need.
-DENSE, MANY = {}, {'questions.make_questions': 8}
-
-
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=NAMES)
 def test_air(path):
     "Lines of 120 columns; an exported cell of 25 lines, a statement a line, and few expressions folded into one."
@@ -82,9 +78,9 @@ def test_functions(path):
         if not isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef)): continue
         name, a = f'{path.stem}.{f.name}', f.args
         n = len([p for p in a.posonlyargs + a.args + a.kwonlyargs if p.arg not in ('self', 'cls')])
-        assert n <= MANY.get(name, 7), f'{name} takes {n} parameters: let those that travel together be one object'
+        assert n <= 7, f'{name} takes {n} parameters: let those that travel together be one object'
         n = sum(isinstance(x, folded) for x in ast.walk(f))
-        assert n <= DENSE.get(name, 5), f'{name} folds {n} expressions into others: give some a name'
+        assert n <= 5, f'{name} folds {n} expressions into others: give some a name'
 
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=NAMES)

@@ -115,8 +115,10 @@ def context(q:dict) -> str:
 # %% ../nbs/benchmark/questions.ipynb #c403bb9e
 class Pool:
     "Rows in the order of their draw, with all that a draw compares: language, character, text, length."
-    def __init__(self, rows:list[dict], seed:int=0):
-        named = {row_id(r): r for r in rows}
+    def __init__(self, rows:list[dict], seed:int=0,
+                 near:float=0.8, # Jaccard similarity from which two texts count as near-duplicates
+                 line_near:float=0.2): # cosine similarity from which two lines count as near
+        self.near, self.line_near, named = near, line_near, {row_id(r): r for r in rows}
         self.names, self.seed = sorted(named, key=lambda k: (row_rng(k, seed).random(), k)), seed
         self.rows = [named[k] for k in self.names]
         def code(value): return np.unique([value(r) for r in self.rows], return_inverse=True)[1]
@@ -143,14 +145,14 @@ def as_right(a:dict, b:dict, near:float=0.8) -> bool:
     return alike(a['reply'], b['reply'], near) or alike(a['user'], b['user'], near)
 
 # %% ../nbs/benchmark/questions.ipynb #099e4bdb
-def _first(pool, i, chosen, order, mask, near) -> int|None:
+def _first(pool, i, chosen, order, mask) -> int|None:
     "The first row in the mask whose reply would not be as right as the true one, nor the twin of one chosen."
     for j in order[mask[order]]:
-        if j != i and j not in chosen and not as_right(pool.rows[i], pool.rows[j], near) \
-           and not any(alike(pool.rows[c]['reply'], pool.rows[j]['reply'], near) for c in chosen): return int(j)
+        if j != i and j not in chosen and not as_right(pool.rows[i], pool.rows[j], pool.near) \
+           and not any(alike(pool.rows[c]['reply'], pool.rows[j]['reply'], pool.near) for c in chosen): return int(j)
 
 def draw(pool:Pool, i:int, track:str, # the row that is asked about
-         k:int=4, near:float=0.8) -> list[int]|None: # rows, or None if they cannot be had
+         k:int=4) -> list[int]|None: # rows, or None if they cannot be had
     "Draw k distractors for row i."
     rng, chosen = pool.rng(i), []
     ok, longer = (pool.lang == pool.lang[i]) & (pool.text != pool.text[i]), pool.length > pool.length[i]
@@ -158,7 +160,7 @@ def draw(pool:Pool, i:int, track:str, # the row that is asked about
     order, slots = pool.rng(i, 1).permutation(len(pool)), rng.permutation(np.arange(k) < rng.integers(k+1))
     for want in slots if ok.sum() >= k else []:
         masks = ([ok & (longer == want)] if track == 'same-character' else []) + [ok]
-        chosen.append(next((j for m in masks if (j := _first(pool, i, chosen, order, m, near)) is not None), None))
+        chosen.append(next((j for m in masks if (j := _first(pool, i, chosen, order, m)) is not None), None))
         if chosen[-1] is None: return None
     return [int(j) for j in rng.permutation(chosen)] if chosen else None
 
@@ -172,29 +174,30 @@ def question(pool:Pool, i:int, rows:list[int],
                 lang=r['lang'], instruction=r['instruction'], history=r.get('history') or [], user=r['user'],
                 choices=choices, answer=rows.index(i)) | more
 
-def drawn_questions(pool:Pool, options:int, track:str, near:float): # yields questions
+def drawn_questions(pool:Pool, options:int, track:str): # yields questions
     "One question from each row whose distractors can be drawn."
     for i in range(len(pool)):
-        if (chosen := draw(pool, i, track, options-1, near)) is None: continue
+        if (chosen := draw(pool, i, track, options-1)) is None: continue
         chosen.insert(int(pool.rng(i, 2).integers(options)), i)
         yield question(pool, i, chosen, track)
 
 # %% ../nbs/benchmark/questions.ipynb #aa1a3e8d
-def crossed_sets(pool:Pool, options:int, near:float=0.8): # yields lists of rows
+def crossed_sets(pool:Pool, options:int): # yields lists of rows
     "Sets of rows in which several characters answer one line, with one history, in one language."
     used = Counter()
     for of in crossed(pool.rows):
         first, chosen = {}, []
         for i in of: first.setdefault(pool.rows[i]['character'], i)
         for c in sorted(first, key=lambda c: used[c]):
-            if len(chosen) < options and not any(alike(pool.rows[first[c]]['reply'], pool.rows[j]['reply'], near)
-                                                 for j in chosen): chosen.append(first[c])
+            reply = pool.rows[first[c]]['reply']
+            if len(chosen) < options and not any(alike(reply, pool.rows[j]['reply'], pool.near) for j in chosen):
+                chosen.append(first[c])
         if len(chosen) >= min(3, options):
             used.update(pool.rows[j]['character'] for j in chosen)
             yield chosen
 
 # %% ../nbs/benchmark/questions.ipynb #70a61df0
-def near_sets(pool:Pool, options:int, near:float=0.8, apart:bool=False, # all of different characters
+def near_sets(pool:Pool, options:int, apart:bool=False, # all of different characters
               least:float=0): # yields lists of rows; least: cosine similarity of the lines
     "Sets of rows with similar lines; each row is in one set at most."
     lines, free = [r['user'] for r in pool.rows], np.ones(len(pool), bool)
@@ -206,29 +209,29 @@ def near_sets(pool:Pool, options:int, near:float=0.8, apart:bool=False, # all of
         for j in np.argsort(-np.where(ok, like, -1), kind='stable')[:ok.sum()]:
             if len(chosen) == options: break
             if apart and pool.character[j] in pool.character[chosen]: continue
-            if not any(j == c or same(pool.rows[c], pool.rows[j], near) for c in chosen): chosen.append(int(j))
+            if not any(j == c or same(pool.rows[c], pool.rows[j], pool.near) for c in chosen): chosen.append(int(j))
         if len(chosen) >= min(3, options) and (len(chosen) == options or not apart):
             free[chosen] = False
             yield chosen
 
 # %% ../nbs/benchmark/questions.ipynb #dbcf9fb9
 # yields (rows, how they were found)
-def reply_sets(pool:Pool, options:int, track:str, near:float, line_near:float, enough:int=20):
+def reply_sets(pool:Pool, options:int, track:str, enough:int=20):
     "The sets of a closed track in which the reply varies."
     voice, sets = track == 'voice', []
-    if voice: sets = list(crossed_sets(pool, options, near))
+    if voice: sets = list(crossed_sets(pool, options))
     for rows in sets: yield rows, 'crossed rows'
     if len(sets) >= enough: return
     taken, rest = {pool.names[j] for rows in sets for j in rows}, pool
-    if taken: rest = Pool([r for n, r in zip(pool.names, pool.rows) if n not in taken], pool.seed)
+    if taken: rest = Pool([r for n, r in zip(pool.names, pool.rows) if n not in taken], pool.seed, pool.near)
     if not len(rest): return
     at = {n: i for i, n in enumerate(pool.names)}
-    for rows in near_sets(rest, options, near, voice, line_near if voice else 0):
+    for rows in near_sets(rest, options, voice, pool.line_near if voice else 0):
         yield [at[rest.names[j]] for j in rows], 'near lines'
 
-def closed_questions(pool:Pool, options:int, track:str, near:float, line_near:float): # yields questions
+def closed_questions(pool:Pool, options:int, track:str): # yields questions
     "Questions in sets, whole sets after each other."
-    for rows, made in reply_sets(pool, options, track, near, line_near):
+    for rows, made in reply_sets(pool, options, track):
         order = [rows[j] for j in pool.rng(min(rows), 3).permutation(len(rows))]
         name = content_hash([pool.rows[j]['reply'] for j in order])
         yield from (question(pool, i, order, track, set=name, made=made) for i in order)
@@ -244,14 +247,14 @@ def _shipped_replies(rows:list[dict], langs:set): # yields up to twenty for each
         yield [o['reply'] for o in best if o['lang'] == r['lang']][:20]
 
 def own_questions(pool:Pool, said:dict[str,list[str]], # line → what the model says to it
-                  options:int=5, near:float=0.8): # yields questions
+                  options:int=5): # yields questions
     """One question from each row whose line the model has answered: the model's replies, and from three options on one
     of a shipped character's."""
     order = [i for i, r in enumerate(pool.rows) if r['user'] in said]
     shipped = _shipped_replies([pool.rows[i] for i in order], {r['lang'] for r in pool.rows})
     for i, others in zip(order, shipped):
         r = pool.rows[i]
-        rivals = _rivals(r['reply'], said[r['user']], others, options, near)
+        rivals = _rivals(r['reply'], said[r['user']], others, options, pool.near)
         if len(rivals) < 2: continue
         texts = [rivals[j] for j in pool.rng(i, 3).permutation(len(rivals))]
         answer = int(pool.rng(i, 2).integers(len(texts)+1))
@@ -272,16 +275,17 @@ def _rivals(reply:str, model:list[str], others:list[str], options:int, near:floa
 def make_questions(rows:list[dict], # test rows
                    n:int=0, # how many, sets being whole; 0 for all that the rows allow
                    options:int=5, # choices
-                   seed:int=0, track:str='random', near:float=0.8, line_near:float=0.2,
-                   said:dict|None=None # line → what the model itself says to it, for a character alone
+                   seed:int=0, track:str='random',
+                   said:dict|None=None, # line → what the model itself says to it, for a character alone
+                   **near # near, line_near: see `Pool`
                    ) -> list[dict]: # id, track, cluster, lang, instruction, history, user, choices, answer
     "Multiple-choice questions of one track; cluster is the character. A `DataError` if there are none."
-    kind, pool, out = TRACKS[named_in(track, TRACKS, 'track')], Pool(rows, seed), []
-    if kind.varies == 'persona': made = speaker_questions(pool, options, track, near)
-    elif kind.alone: made = own_questions(pool, said or {}, options, near)
-    elif kind.closed: made = closed_questions(pool, min(options, max(2, len(pool))), track, near, line_near)
+    kind, pool, out = TRACKS[named_in(track, TRACKS, 'track')], Pool(rows, seed, **near), []
+    if kind.varies == 'persona': made = speaker_questions(pool, options, track)
+    elif kind.alone: made = own_questions(pool, said or {}, options)
+    elif kind.closed: made = closed_questions(pool, min(options, max(2, len(pool))), track)
     # a few rows still give questions, with fewer choices
-    else: made = drawn_questions(pool, max(3, min(options, len(pool))), track, near)
+    else: made = drawn_questions(pool, max(3, min(options, len(pool))), track)
     for q in made:
         if n and len(out) >= n and (not kind.closed or q['set'] != out[-1]['set']): break
         out.append(q)
@@ -339,31 +343,31 @@ def _told_apart(order, who:dict, most:int, near:float) -> list[str]: # the first
     return chosen
 
 # %% ../nbs/benchmark/questions.ipynb #7d966b8d
-def cast_sets(pool:Pool, cast:dict, options:int, near:float=0.8, close:bool=False): # yields numbers of rows
+def cast_sets(pool:Pool, cast:dict, options:int, close:bool=False): # yields numbers of rows
     """Sets of rows by different characters of one language, drawn by the rows they have left; with `close`, of
     characters who are alike."""
     left, rng = {}, np.random.default_rng([pool.seed, 4])
     for i, r in enumerate(pool.rows):
         if r['character'] in cast.get(r['lang'], {}):
             left.setdefault(r['lang'], {}).setdefault(r['character'], []).append(i)
-    size = {lang: len(_told_apart(of, cast[lang], options, near)) for lang, of in left.items()}
-    if not close: yield from _crossed_casts(pool, cast, left, size, options, near)
+    size = {lang: len(_told_apart(of, cast[lang], options, pool.near)) for lang, of in left.items()}
+    if not close: yield from _crossed_casts(pool, cast, left, size, options)
     friends = {lang: nearest_personas(cast[lang]) for lang in left} if close else {}
     for of in left.values(): _drop_empty(of)
     while left := {lang: of for lang, of in left.items() if len(of) >= size[lang] > 1}:
         share = np.array([sum(map(len, of.values())) for of in left.values()], float)
         lang = list(left)[rng.choice(len(left), p=share/share.sum())]
-        took = _drawn_cast(left[lang], cast[lang], size[lang], near, friends.get(lang), rng)
+        took = _drawn_cast(left[lang], cast[lang], size[lang], pool.near, friends.get(lang), rng)
         if took: yield took
 
 # %% ../nbs/benchmark/questions.ipynb #eb66b54b
-def _crossed_casts(pool:Pool, cast:dict, left:dict, size:dict, options:int, near:float): # yields numbers of rows
+def _crossed_casts(pool:Pool, cast:dict, left:dict, size:dict, options:int): # yields numbers of rows
     "Whole sets of rows that answer the same line; what is taken is no longer left."
-    for rows in crossed_sets(pool, options, near):
+    for rows in crossed_sets(pool, options):
         lang, who = pool.rows[rows[0]]['lang'], [pool.rows[i]['character'] for i in rows]
         there = all(i in left.get(lang, {}).get(c, ()) for i, c in zip(rows, who))
         if not there or len(rows) != size[lang]: continue
-        if len(_told_apart(who, cast[lang], options, near)) < len(rows): continue
+        if len(_told_apart(who, cast[lang], options, pool.near)) < len(rows): continue
         for i, c in zip(rows, who): left[lang][c].remove(i)
         yield rows
 
@@ -384,13 +388,13 @@ def _drop_empty(of:dict):
     for c in [c for c, rows in of.items() if not rows]: del of[c]
 
 # %% ../nbs/benchmark/questions.ipynb #eb17f035
-def speaker_questions(pool:Pool, options:int=5, track:str='speaker', near:float=0.8):
+def speaker_questions(pool:Pool, options:int=5, track:str='speaker'):
     "Questions who speaks, in sets that share their personas: the reply is given, the choices are personas."
     kind, cast, names = TRACKS[track], casting(pool.rows), {}
     for lang, who in cast.items(): names[lang] = set().union(*map(names_in, who.values())) if kind.masked else set()
     # masked before they are told apart: names may be all that differs
     cast = {lang: {c: mask(p, names[lang]) for c, p in who.items()} for lang, who in cast.items()}
-    for rows in cast_sets(pool, cast, options, near, kind.near):
+    for rows in cast_sets(pool, cast, options, kind.near):
         order = [rows[j] for j in pool.rng(min(rows), 3).permutation(len(rows))]
         yield from _one_set(pool, order, cast, names, track)
 
