@@ -144,7 +144,7 @@ def test_run_all_in_jupyterlab(browser, lab, name):
 CHAT = '''from yothalia.chat import *
 from yothalia.characters import *
 from yothalia.sampling import *
-from yothalia.data import sample_rows
+from yothalia.rows import sample_rows
 from yothalia.models import *
 from dataclasses import replace
 who = character_of([r for r in sample_rows() if r['character'] == 'queen-of-hearts'])

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from yothalia.characters import Character, character_of
 from yothalia.chat import Session, Voice, talk
 from yothalia.sampling import PRESETS, Sampling, held_back, next_token, said_again
-from yothalia.data import sample_rows
+from yothalia.rows import sample_rows
 from yothalia.models import load_model, load_tokenizer
 from yothalia.prompts import find_template, render
 from yothalia.rows import read_rows

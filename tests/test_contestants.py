@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from yothalia.benchmark import BenchmarkConfig, benchmark
 from yothalia.contestants import Contestant, ContestantError, allowed, contestant, forecast
 from yothalia.core import configure, read_jsonl
-from yothalia.data import sample_rows
+from yothalia.rows import sample_rows
 from yothalia.questions import make_tracks
 
 os.environ['YOTHALIA_PROGRESS'] = 'off'

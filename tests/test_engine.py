@@ -6,7 +6,7 @@ import pytest, torch
 
 from yothalia.chat import Voice
 from yothalia.sampling import Sampling, hear as heard_alone
-from yothalia.data import sample_rows
+from yothalia.rows import sample_rows
 from yothalia.engine import Engine, Request
 from yothalia.models import load_model, load_tokenizer
 from yothalia.prompts import _ids, find_template, render

@@ -6,7 +6,7 @@ import numpy as np, pytest, torch
 from typer.testing import CliRunner
 
 from yothalia.core import rooted
-from yothalia.data import lesson_rows
+from yothalia.rows import lesson_rows
 from yothalia.commands import app
 from yothalia.export import *
 from yothalia.verify import *

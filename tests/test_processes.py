@@ -107,7 +107,7 @@ def test_the_original_rows_where_they_are():
     shared = ROOT.parent/'shared'/'data'
     if not shared.is_dir(): pytest.skip('the original rows are not here')
     from collections import Counter
-    from yothalia.data import clean_rows
+    from yothalia.cleaning import clean_rows
     from yothalia.rows import read_rows
     rows, rejects = read_rows(shared/'eng_roleplay.csv')
     assert len(rows) + len(rejects) == 3146 and Counter(r.reason for r in rejects) == {'user is empty': 51}

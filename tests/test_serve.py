@@ -6,7 +6,7 @@ import pytest
 
 openai = pytest.importorskip('openai')
 from yothalia.characters import make_card
-from yothalia.data import sample_rows
+from yothalia.rows import sample_rows
 
 ROOT = Path(__file__).parent.parent
 CHARACTERS = ('queen-of-hearts', 'brasswick', 'don-quixote', 'baba-yaga')

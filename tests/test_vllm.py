@@ -36,10 +36,10 @@ def vllm(tmp_path):
 def test_scores_and_replies(vllm):
     "Log-likelihoods of replies to a thousandth of a nat, a letter by log-probabilities, and the same greedy replies."
     from yothalia.behind import Behind
-    from yothalia.benchmark import question_item
+    from yothalia.asking import question_item
     from yothalia.sampling import Sampling
     from yothalia.contestants import Contestant
-    from yothalia.data import sample_rows
+    from yothalia.rows import sample_rows
     from yothalia.engine import Engine, Request
     from yothalia.models import load_model, load_tokenizer
     from yothalia.prompts import PERSONA, _ids, render
@@ -67,7 +67,7 @@ def test_adapter_by_name(vllm, tmp_path):
     from yothalia.adapters import load_adapters, random_adapters
     from yothalia.behind import Behind
     from yothalia.sampling import Sampling
-    from yothalia.data import sample_rows
+    from yothalia.rows import sample_rows
     from yothalia.engine import Engine, Request
     from yothalia.models import load_model, load_tokenizer
     from yothalia.prompts import _ids, render

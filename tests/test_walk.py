@@ -8,7 +8,8 @@ os.environ |= dict(MPLBACKEND='agg', YOTHALIA_PROGRESS='off')
 from yothalia.report import findings
 from yothalia.runner import JOBS, STEPS, job_notebook, look_first, plan, room, without_lessons
 from yothalia.core import *
-from yothalia.data import label_rows, sample_rows
+from yothalia.cleaning import label_rows
+from yothalia.rows import sample_rows
 from yothalia.rows import DataError
 
 ROOT, BIN = Path(__file__).parent.parent, Path(sys.executable).parent

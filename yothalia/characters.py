@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 from .core import *
 from .rows import expand
-from .data import ensure_data, jaccard, languages, load_split, ngrams, normal, script, spoken_name
+from .data import ensure_data, load_split
+from .cleaning import jaccard, languages, ngrams, normal, script, spoken_name
 from .cards import Card, card_of
 from .runs import *
 

@@ -16,8 +16,8 @@ import numpy as np
 from fastcore.basics import patch
 from .core import *
 from .models import *
-from .benchmark import (MODES, BenchmarkConfig, conditions, in_mode, original_prompt, parse_lenient,
-                                parse_strict, rotated)
+from .asking import original_prompt, parse_lenient, parse_strict, rotated
+from .benchmark import BenchmarkConfig, conditions, in_mode
 from .questions import TRACKS
 
 # %% ../nbs/benchmark/contestants.ipynb #04a10008

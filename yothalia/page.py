@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from .core import *
 from .models import *
 from .prompts import CONDITIONS
-from .benchmark import accuracy
+from .asking import accuracy
 from .cards import portrait
 from .chat import Session
 from .characters import slug

@@ -24,7 +24,9 @@ import numpy as np, pandas as pd
 from scipy import sparse
 from .core import *
 from .rows import DataError
-from .data import crossed, near_pairs, normal, sample_rows, spoken_name
+from .splitting import crossed
+from .cleaning import near_pairs, normal, spoken_name
+from .rows import sample_rows
 
 # %% ../nbs/benchmark/questions.ipynb #a3b6ec0d
 @dataclass(frozen=True)

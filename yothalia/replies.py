@@ -14,11 +14,12 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from .core import *
 from .models import *
-from .data import data_hash, personas, script
+from .data import data_hash, personas
+from .cleaning import script
 from .prompts import *
 from .runs import *
 from .questions import _NO_SPACES, CharacterClassifier, mask, names_in, row_id
-from .benchmark import write_lines
+from .asking import write_lines
 from .stats import mean_metric
 
 # %% ../nbs/benchmark/replies.ipynb #a7a00008

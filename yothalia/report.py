@@ -18,7 +18,8 @@ from .prompts import CONDITIONS, template_name
 from .questions import TRACKS
 from .stats import against_rule, answers, paired_difference
 from . import benchmark, lora, profiling, quantization
-from .benchmark import MODES, headline_of
+from .asking import MODES
+from .benchmark import headline_of
 
 # %% ../nbs/run/report.ipynb #3ba230f1
 def as_percent(m:dict # a metric

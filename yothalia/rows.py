@@ -7,7 +7,7 @@ __all__ = ['SHIPPED', 'FIELDS', 'MAX_FIELD', 'MAX_BYTES', 'SUFFIXES', 'SPELLINGS
            'DataError', 'Reject', 'unfit_text', 'bad', 'read_bytes', 'decoded', 'looks_like_card', 'read_items',
            'is_alpaca', 'merged', 'exchanges', 'expand', 'check_columns', 'renamed', 'Chats', 'script_chats',
            'tavern_chats', 'by_pauses', 'telegram_chats', 'whatsapp_chats', 'text_chats', 'cast', 'chat_rows',
-           'persona_text', 'to_rows', 'some_left', 'only', 'read_rows']
+           'persona_text', 'to_rows', 'some_left', 'only', 'read_rows', 'sample_rows', 'lesson_rows']
 
 # %% ../nbs/data/rows.ipynb #597cf3e6
 import csv, gzip, io, json, re, zipfile, zlib
@@ -637,3 +637,13 @@ def read_rows(path:str|Path, # a file of any known format
         rejects += j
     rows = only(some_left(rows, rejects, Path(path).name)[0], character, Path(path).name)
     return [r | dict(instruction=r['instruction'] or told) for r in rows], rejects
+
+# %% ../nbs/data/rows.ipynb #51ec173e
+def sample_rows() -> list[dict]:
+    "The rows of the shipped sample."
+    return read_rows(package_dir()/'sample'/'rows.jsonl')[0]
+
+def lesson_rows(n:int=8, # of each character
+                characters=('sherlock-holmes', 'captain-marrow', 'li-bai', 'sun-wukong')) -> list[dict]:
+    "A few rows of the sample, for lessons."
+    return [r for c in characters for r in [r for r in sample_rows() if r['character'] == c][:n]]

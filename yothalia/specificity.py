@@ -14,12 +14,13 @@ import numpy as np, pandas as pd
 from .core import *
 from .models import *
 from .rows import DataError
-from .data import crossed, ensure_data, load_split
+from .splitting import crossed
+from .data import ensure_data, load_split
 from .prompts import BARE
 from .lora import LoraConfig, kept_adapter
 from .questions import CharacterClassifier, row_id
 from .scoring import score_items
-from .benchmark import accuracy, question_item
+from .asking import accuracy, question_item
 from .stats import mean_metric
 from .runs import *
 

@@ -19,7 +19,8 @@ from scipy import optimize, stats
 from statsmodels.stats.multitest import multipletests
 from .core import *
 from .prompts import COLOURS, CONDITIONS
-from .benchmark import ModeName, ReadingName, accuracy, headline_of, mcnemar, picked, right
+from .asking import ModeName, ReadingName, accuracy, mcnemar, picked, right
+from .benchmark import headline_of
 
 # %% ../nbs/benchmark/stats.ipynb #ff5103d0
 class StatsConfig(Config):

@@ -27,7 +27,7 @@ from .packing import example_nll, packed
 from .training import *
 from .lora import LoraConfig, add_lora, examples, kept_adapter, token_budget
 from .questions import make_tracks, questions_hash, row_id
-from .benchmark import Asking, score_cloze, score_speaker
+from .asking import Asking, Scored, score_cloze, score_speaker
 from .stats import estimate, holm, mean_metric
 from .replies import RepliesConfig, asked_lines, own_probability, replies_of
 
@@ -50,7 +50,7 @@ def known_factors(factors:dict[str,list] # parameter of the training → its val
     return factors
 
 # %% ../nbs/studies/sweep.ipynb #f217f62d
-class SweepConfig(ToldConfig):
+class SweepConfig(ToldConfig, Scored):
     "Parameters of this room."
     factors: Annotated[dict[str,list], AfterValidator(known_factors)] = {'learning_rate': [2e-4, 2e-3]}
     train_sizes: list[int] = []
@@ -68,9 +68,6 @@ class SweepConfig(ToldConfig):
     reply_lines: int = Field(0, ge=0)
     new_tokens: int = Field(48, ge=1)
     group: int = Field(8, ge=1)
-    max_reply: int = Field(128, ge=8)
-    max_context: int = Field(2048, ge=64)
-    budget: int = Field(0, ge=0)
     steps: int = Field(0, ge=0)
     lowest: float = Field(1e-5, gt=0, lt=1)
     highest: float = Field(1e-1, gt=0, le=10)
@@ -264,7 +261,7 @@ def one_setting(cfg:SweepConfig, asked:dict, train:list[dict], s:Setting, key:st
 # %% ../nbs/studies/sweep.ipynb #86c4609e
 def study_key(cfg:SweepConfig, rows:dict) -> str:
     "A hash of all that every setting of a study has in common."
-    code = ('lora', 'training', 'prompts', 'benchmark', 'questions', 'sweep')
+    code = ('lora', 'training', 'prompts', 'asking', 'questions', 'sweep')
     apart = {'out', 'factors', 'train_sizes', 'ranks', 'steps', 'lowest', 'highest'}
     return content_hash(cfg.model_dump(exclude=apart), rows, template_id(run_template(cfg.out, cfg.template)),
                         *(package_dir()/f'{m}.py' for m in code))

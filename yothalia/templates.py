@@ -16,19 +16,17 @@ from .data import data_hash
 from .prompts import *
 from .runs import *
 from .questions import make_questions, questions_hash, row_id
-from .benchmark import Asking, about, accuracy, score_speaker, write_lines
+from .asking import Asking, Scored, accuracy, score_speaker, write_lines
+from .benchmark import about
 from .stats import estimate, holm, mean_metric
 
 # %% ../nbs/studies/templates.ipynb #f1a00008
-class TemplatesConfig(HeldConfig):
+class TemplatesConfig(HeldConfig, Scored):
     "Parameters of this room."
     out: str = '_runs/demo/templates'
     templates: list[str] = []
     questions: int = Field(300, ge=0)
     options: int = Field(5, ge=2, le=10)
-    max_reply: int = Field(128, ge=8)
-    max_context: int = Field(2048, ge=64)
-    budget: int = Field(0, ge=0)
 
 # %% ../nbs/studies/templates.ipynb #f1a0000b
 def template_questions(rows, # held-out rows
@@ -55,7 +53,7 @@ def score_template(cfg:TemplatesConfig, model, tok, qs:list[dict], name:str, # o
     how = drawn_from(find_template(name), rows)
     what = [template_id(name), model_name(cfg.model), cfg.precision, data_hash(cfg.out), cfg.max_reply, cfg.max_context,
             device_info()['device']]
-    key = content_hash(what, *(package_dir()/f'{m}.py' for m in ('benchmark', 'scoring', 'prompts')))
+    key = content_hash(what, *(package_dir()/f'{m}.py' for m in ('asking', 'scoring', 'prompts')))
     path = rooted(cfg.out)/'records'/f'templates-{Path(name).stem}.questions.jsonl'
     def score(done):
         alone = dict(score_speaker(model, tok, [q | dict(choices=['']) for q in qs], cfg, Asking(BARE, done)))

@@ -14,7 +14,8 @@ from .core import *
 from .models import *
 from .prompts import COLOURS, CONDITIONS, PERSONA, Template
 from .questions import TRACKS, VIEWS, learned_rule, load_questions, questions_hash, views
-from .benchmark import Asking, BenchmarkConfig, headline_of, right, score_cloze
+from .asking import Asking, right, score_cloze
+from .benchmark import BenchmarkConfig, headline_of
 from .stats import StatsError, benchmark_records, mean_metric
 from .runs import *
 

@@ -23,7 +23,7 @@ from .runs import *
 from .lora import merge
 from .questions import TRACKS, TrackName, make_tracks
 from .scoring import Item, score_items
-from .benchmark import accuracy, question_item
+from .asking import accuracy, question_item
 from .contestants import by_server, post_json
 
 # %% ../nbs/run/verify.ipynb #68a8fd2e
