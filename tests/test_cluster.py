@@ -74,6 +74,20 @@ def test_the_road(slurm):
     assert 'loss both' in yothalia('collect', 'ct-road') and 'loss both' in (RUN/'ct-road/collected.csv').read_text() and (RUN/'ct-road/collected.png').stat().st_size > 5000
 
 
+IMAGE = os.environ.get('YOTHALIA_TEST_IMAGE', '')
+
+@pytest.mark.skipif(not (IMAGE and shutil.which('apptainer')), reason='needs apptainer, and YOTHALIA_TEST_IMAGE: an image of runs/container/yothalia.def')
+def test_in_a_container(slurm):
+    "With --container a step runs in the image, on the same folder, and asks nothing of the environment outside."
+    submit(slurm, 'ct-image', '--container', IMAGE, steps=['01_data'])
+    batch = (RUN/'ct-image/slurm/01_data.sh').read_text()
+    assert f'apptainer exec --bind "$PWD" {IMAGE} yothalia step' in batch and 'activate' not in batch
+    wait(lambda: ended(ids('ct-image')['01_data']), 700)
+    assert (RUN/'ct-image/done/01_data.json').exists(), output('ct-image', '01_data')
+    made = json.loads((RUN/'ct-image/records/data.json').read_text())['run']['versions']['python']
+    assert made.startswith('3.11'), made
+
+
 def test_a_grid_is_one_array_and_finished_points_are_skipped(slurm):
     (slurm/'grid.yml').write_text('01_data.seed: [1, 2]\n01_data.test_share: [0.2, 0.25, 0.3]\n')
     grid = dict(steps=['01_data'])
