@@ -142,6 +142,7 @@ def test_run_all_in_jupyterlab(browser, lab, name):
 
 
 CHAT = '''from yothalia.chat import *
+from yothalia.session import *
 from yothalia.characters import *
 from yothalia.sampling import *
 from yothalia.rows import sample_rows

@@ -9,7 +9,8 @@ pytest.importorskip('hypothesis')
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from yothalia.characters import Character, character_of
-from yothalia.chat import Session, Voice, talk
+from yothalia.session import Session, Voice
+from yothalia.terminal import talk
 from yothalia.sampling import PRESETS, Sampling, held_back, next_token, said_again
 from yothalia.rows import sample_rows
 from yothalia.models import load_model, load_tokenizer

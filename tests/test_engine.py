@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest, torch
 
-from yothalia.chat import Voice
+from yothalia.session import Voice
 from yothalia.sampling import Sampling, hear as heard_alone
 from yothalia.rows import sample_rows
 from yothalia.engine import Engine, Request

@@ -202,7 +202,7 @@ def test_another_engine_behind(tmp_path):
     "The server before `transformers serve`, which does the work: greedy, it says what the own engine says; an engine that is gone is said, and nothing hangs."
     pytest.importorskip('fastapi', reason='transformers serve needs it')
     from yothalia.behind import Behind
-    from yothalia.chat import Voice
+    from yothalia.session import Voice
     from yothalia.sampling import Sampling, hear as heard_alone
     from yothalia.engine import Request
     from yothalia.models import load_model, load_tokenizer, resolve_model

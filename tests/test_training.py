@@ -172,7 +172,8 @@ torch.distributed.destroy_process_group()
 def test_adapter_of_a_model_that_is_spread(tmp_path):
     "Trained by two processes that hold half a model each, its adapter fits the whole model and does what the log says."
     from yothalia.data import DataConfig, load_split, prepare
-    from yothalia.lora import condition_losses, loss_table, token_budget
+    from yothalia.lora import condition_losses, loss_table
+    from yothalia.labels import token_budget
     from yothalia.models import load_model, load_tokenizer
     prepare(DataConfig(data='sample', out=str(tmp_path/'run')))
     (tmp_path/'spread.py').write_text(SPREAD)
@@ -189,7 +190,7 @@ def test_adapter_of_a_model_that_is_spread(tmp_path):
 
 def test_harm_is_not_taken_back(tmp_path):
     "A training after which the held-out examples are less likely keeps its best trained weights, and it is said."
-    from yothalia.lora import harm
+    from yothalia.labels import harm
     t = tiny(tmp_path/'harm', epochs=40., evals=2, learning_rate=5e-2); t.run()
     seen = [l['eval_loss'] for l in t.at.log if 'eval_loss' in l]
     assert min(seen[1:]) > seen[0] and t.at.best[1] > 0 and not torch.equal(t.best, torch.zeros_like(t.best))

@@ -224,7 +224,7 @@ _WORN = dict(model='else the one that was trained, or the default',
              adapter="a folder, or empty for none; else the run's own")
 
 def _talk(s, user:str, console, place:Path):
-    from yothalia.chat import talk
+    from yothalia.terminal import talk
     def show(piece):
         console.file.write(piece)
         console.file.flush()

@@ -15,7 +15,7 @@ from .models import *
 from .prompts import CONDITIONS
 from .asking import accuracy
 from .cards import portrait
-from .chat import Session
+from .session import Session
 from .characters import slug
 from .runs import *
 from .serve import Refused, ServeConfig, Stage, body_of, stage_of

@@ -16,7 +16,7 @@ from .core import *
 from .models import *
 from .prompts import *
 from .runs import *
-from .lora import loss_metric
+from .labels import loss_metric
 from .packing import example_nll
 
 # %% ../nbs/03_quantization.ipynb #7cf73d96

@@ -19,7 +19,7 @@ from .prompts import _ids
 from .cards import read_card
 from .characters import Character, cast_of_run, character_of_card, slug
 from .sampling import Request, Sampling, Speaker
-from .chat import Session
+from .session import Session
 from .engine import Engine
 from .adapters import Adapters, load_adapters
 from starlette.applications import Starlette

@@ -17,7 +17,8 @@ from .models import *
 import numpy as np, pandas as pd, torch
 from .data import load_split
 from .packing import plain
-from .lora import LoraConfig, add_lora, examples, token_budget
+from .lora import LoraConfig, add_lora
+from .labels import examples, token_budget
 from .profiling import peak_memory
 from .prompts import *
 from .training import *

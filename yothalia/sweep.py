@@ -25,7 +25,8 @@ from .prompts import *
 from .runs import *
 from .packing import example_nll, packed
 from .training import *
-from .lora import LoraConfig, add_lora, examples, kept_adapter, token_budget
+from .lora import LoraConfig, add_lora, kept_adapter
+from .labels import examples, token_budget
 from .questions import make_tracks, questions_hash, row_id
 from .asking import Asking, Scored, score_cloze, score_speaker
 from .stats import estimate, holm, mean_metric
