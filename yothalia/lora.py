@@ -66,10 +66,10 @@ def training_key(cfg:LoraConfig,
                  rows:dict|None=None # if not those of the run
                 ) -> str:
     "A hash of everything that decides the adapter: parameters, rows, and this module."
-    what = cfg.model_dump(exclude={'out', 'merged', 'replies', 'reply_tokens',
-                                   'pack_tokens'}) | dict(template=template_id(run_template(cfg.out, cfg.template)))
-    return content_hash(what, data_hash(cfg.out) if rows is None else rows,
-                        *(package_dir()/f'{m}.py' for m in ('lora', 'labels', 'training', 'packing', 'fused', 'prompts')))
+    what = cfg.model_dump(exclude={'out', 'merged', 'replies', 'reply_tokens', 'pack_tokens'})
+    what |= dict(template=template_id(run_template(cfg.out, cfg.template)))
+    code = [package_dir()/f'{m}.py' for m in ('lora', 'labels', 'training', 'packing', 'fused', 'prompts')]
+    return content_hash(what, data_hash(cfg.out) if rows is None else rows, *code)
 
 def rows_of(cfg:LoraConfig) -> dict[str,list[dict]]: # train, valid
     "The rows that a run trains on and watches."
