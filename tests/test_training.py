@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from yothalia.core import seed_everything
-from yothalia.training import TrainError, Told, Training, join_processes, last_checkpoint, shard, sharded
+from yothalia.training import TrainError, TrainingArgs, Training, join_processes, last_checkpoint, shard, sharded
 
 ROOT = Path(__file__).parent.parent
 os.environ['YOTHALIA_PROGRESS'] = 'off'
@@ -22,7 +22,7 @@ def tiny(folder, dropout=0., spread=False, dtype=torch.float32, **kw):
     m = LlamaForCausalLM(LlamaConfig(vocab_size=200, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)).to(dtype)
     m = get_peft_model(m, LoraConfig(task_type='CAUSAL_LM', target_modules='all-linear', r=4, lora_dropout=dropout), autocast_adapter_dtype=False)
     if spread: shard(m)
-    return Training(m, examples[:40], examples[40:], Told(**dict(batch=8, epochs=30., evals=30, learning_rate=1e-3, pack_tokens=128) | kw), folder)
+    return Training(m, examples[:40], examples[40:], TrainingArgs(**dict(batch=8, epochs=30., evals=30, learning_rate=1e-3, pack_tokens=128) | kw), folder)
 
 
 def forked(folder) -> int:

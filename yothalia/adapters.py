@@ -26,11 +26,11 @@ class AdaptersConfig(HeldConfig):
 # %% ../nbs/chat/adapters.ipynb #02g0000b
 def random_adapters(names:list[str], model:str=EMBEDDED, precision:str='fp32', rank:int=8, seed:int=0): # a PeftModel
     "A model with adapters that act and mean nothing, to try and to time with."
-    told = PeftLoraConfig(task_type='CAUSAL_LM', target_modules='all-linear', r=rank, lora_alpha=2*rank)
+    config = PeftLoraConfig(task_type='CAUSAL_LM', target_modules='all-linear', r=rank, lora_alpha=2*rank)
     m = load_model(model, precision)
     torch.manual_seed(seed)
-    pm = get_peft_model(m, told, adapter_name=names[0], autocast_adapter_dtype=False)
-    for n in names[1:]: pm.add_adapter(n, told)
+    pm = get_peft_model(m, config, adapter_name=names[0], autocast_adapter_dtype=False)
+    for n in names[1:]: pm.add_adapter(n, config)
     for k, p in pm.named_parameters():
         if 'lora_B' in k: p.data.normal_(std=.02)
         p.requires_grad_(False)

@@ -77,20 +77,20 @@ def begin(self:Behind, r:Request): # a stream of events
     "Ask the engine to continue the prompt."
     import openai
     s, bos = r.sampling, self.tok.bos_token_id
-    told = dict(model=self.names.get(r.on, r.on), max_tokens=s.max_tokens, temperature=s.temperature, top_p=s.top_p,
+    fields = dict(model=self.names.get(r.on, r.on), max_tokens=s.max_tokens, temperature=s.temperature, top_p=s.top_p,
                 stream=True)
-    if s.seed is not None: told['seed'] = s.seed
-    if r.stops: told['stop'] = list(r.stops[:4])
+    if s.seed is not None: fields['seed'] = s.seed
+    if r.stops: fields['stop'] = list(r.stops[:4])
     text = self.tok.decode(r.prompt[1:] if r.prompt[0] == bos and self.tok('x')['input_ids'][0] == bos else r.prompt)
     if self.takes_ids is not False:
         try:
-            got = self.client.completions.create(prompt=list(r.prompt), **told)
+            got = self.client.completions.create(prompt=list(r.prompt), **fields)
             self.takes_ids = True
             return got
         except (openai.BadRequestError, openai.UnprocessableEntityError):
             if self.takes_ids: raise
             self.takes_ids = False
-    return self.client.completions.create(prompt=text, **told)
+    return self.client.completions.create(prompt=text, **fields)
 
 # %% ../nbs/chat/behind.ipynb #07h0000f
 @patch

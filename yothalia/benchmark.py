@@ -170,7 +170,7 @@ def one_record(self:Bench, qs:list[dict], mode:str, condition:str, chosen:dict #
     lines = self.score_all(qs, mode, condition, path, what)
     if sets := dict(Counter(q['made'] for q in qs if 'made' in q)): what['sets'] = sets
     spent = model.spent(lines, cfg.price) if hasattr(model, 'spent') else {}
-    if hasattr(model, 'told'): what |= model.told()
+    if hasattr(model, 'asked_how'): what |= model.asked_how()
     elif mode != 'generate': what['engine'] = road(model)
     if mode == 'cloze': what |= chosen
     if mode == 'generate': what |= dict(temperature=cfg.temperature)

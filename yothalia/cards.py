@@ -391,7 +391,7 @@ class Entry:
     "An entry of a lorebook."
     e: dict                 # as it stands in the card
     text: str               # its content without decorators
-    told: dict              # decorator → value
+    decorators: dict              # decorator → value
 
     def get(self, k, default=None): return default if (v := self.e.get(k)) is None else v
     def order(self) -> float: return v if isinstance(v := self.e.get('insertion_order'), (int, float)) else 100.
@@ -400,12 +400,12 @@ class Entry:
 def entry_of(e:dict) -> Entry:
     "Read an entry with its decorators; what is not known or not valid is passed over."
     found, text = decorated(str(e.get('content') or ''))
-    told, answered = {}, True
+    decorators, answered = {}, True
     for name, value, ats in found:
         if ats > 2 and answered: continue
         answered = name in _KNOWN and (name not in _NUMBERS or value.isdigit())
-        if answered: told.setdefault(name, int(value) if name in _NUMBERS else value)
-    return Entry(e, text, told)
+        if answered: decorators.setdefault(name, int(value) if name in _NUMBERS else value)
+    return Entry(e, text, decorators)
 
 # %% ../nbs/data/cards.ipynb #07a00030
 def _strings(v) -> list[str]: return [o for o in (v if isinstance(v, list) else []) if isinstance(o, str)]
@@ -414,7 +414,7 @@ def wakes(entry:Entry, text:str, # what is looked at for keys
           replies:int=0, greeting:int=0, # how often the character has spoken; which greeting it began with
           seconds:float=SECONDS) -> bool:
     "Whether an entry is to be told."
-    t, e = entry.told, entry.get
+    t, e = entry.decorators, entry.get
     if e('enabled', True) is False or not entry.text: return False
     if t.get('is_greeting', greeting) != greeting: return False
     if 'activate' in t: return True
@@ -441,7 +441,7 @@ def woken(self:Card, messages:list[str], # what was said, the latest last
     for _ in range(10):
         new, rest = [], []
         for e in asleep:
-            text = '\n'.join(messages[-(e.told.get('scan_depth') or depth):]) + '\n' + more
+            text = '\n'.join(messages[-(e.decorators.get('scan_depth') or depth):]) + '\n' + more
             seconds = SECONDS if time.perf_counter() - start < 1 else 0
             (new if wakes(e, text, replies, greeting, seconds) else rest).append(e)
         awake, asleep = awake + new, rest
@@ -454,7 +454,7 @@ def within_budget(entries:list[Entry], budget:int, count # a function: text → 
                  ) -> list[Entry]:
     "The most important entries that fit together."
     out = []
-    for e in sorted(entries, key=lambda e: ('ignore_on_max_context' in e.told, -e.worth())):
+    for e in sorted(entries, key=lambda e: ('ignore_on_max_context' in e.decorators, -e.worth())):
         if (budget := budget - count(e.text)) < 0: break
         out.append(e)
     return out
@@ -472,11 +472,11 @@ def found_lore(self:Card, messages:list[str], user:str='User', # what was said, 
     some = within_budget(self.woken(messages, replies, greeting), min(limits, default=10**9), count)
     out = {}
     for e in sorted(some, key=Entry.order):
-        text, place = self.said(e.text, user, rng=rng), e.told.get('position')
+        text, place = self.said(e.text, user, rng=rng), e.decorators.get('position')
         if place not in PLACES: place = None
-        if 'depth' in e.told and not place:
-            role = e.told.get('role') if e.told.get('role') in ('assistant', 'system', 'user') else 'system'
-            out.setdefault('depth', []).append((e.told['depth'], role, text))
+        if 'depth' in e.decorators and not place:
+            role = e.decorators.get('role') if e.decorators.get('role') in ('assistant', 'system', 'user') else 'system'
+            out.setdefault('depth', []).append((e.decorators['depth'], role, text))
         else: out.setdefault(place or ('before_char' if e.get('position') == 'before_char' else 'after_char'),
                              []).append(text)
     return out

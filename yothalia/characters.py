@@ -57,8 +57,8 @@ def make_card(rows:list[dict], # of one character
               n:int=6 # example dialogues
              ) -> Card:
     "A card for a character, from rows of how it talks."
-    told = Counter(r['instruction'] for r in rows if r.get('instruction'))
-    [(persona, _)], who = told.most_common(1) or [('', 0)], rows[0]['character']
+    personas = Counter(r['instruction'] for r in rows if r.get('instruction'))
+    [(persona, _)], who = personas.most_common(1) or [('', 0)], rows[0]['character']
     rows = [r for r in rows if (r.get('instruction') or '') == persona]  # of one language, where there are two
     alone = [r for r in rows if not r.get('history') and fits_card(r)] or rows
     hello = _greeting(alone)

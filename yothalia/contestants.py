@@ -103,17 +103,17 @@ def explained(self:Contestant, e:Exception) -> Exception:
 
 # %% ../nbs/benchmark/contestants.ipynb #04a10010
 @patch
-def send(self:Contestant, messages:list[dict], **told): # role, content; what else the request says
+def send(self:Contestant, messages:list[dict], **fields): # role, content; what else the request says
     "A choice of the answer; parameters that this endpoint does not know are renamed or left out."
     for attempt in range(4):
-        told = {self.renamed.get(k, k): v for k, v in told.items() if k not in self.left_out}
+        fields = {self.renamed.get(k, k): v for k, v in fields.items() if k not in self.left_out}
         try:
-            got = self.client.chat.completions.create(model=self.name, messages=messages, **told)
+            got = self.client.chat.completions.create(model=self.name, messages=messages, **fields)
             if not getattr(got, 'choices', None) or got.choices[0].message is None:
                 raise ValueError(f'no choices in {str(got)[:80]!r}')
         except Exception as e:
             why = self.explained(e)
-            if isinstance(why, NotOffered) and self.learn(str(why), told): continue
+            if isinstance(why, NotOffered) and self.learn(str(why), fields): continue
             if isinstance(e, ValueError) and attempt < 2: continue  # nonsense, perhaps once only
             raise why from None
         self.count(got.usage)
@@ -130,12 +130,12 @@ def count(self:Contestant, usage):
     self.mine.used = getattr(self.mine, 'used', Counter()) + new
 
 @patch
-def learn(self:Contestant, why:str, told:dict) -> bool: # whether there is another way
+def learn(self:Contestant, why:str, fields:dict) -> bool: # whether there is another way
     "Some models have another name for the limit, and know no temperature or seed."
-    if 'max_tokens' in told and 'max_completion_tokens' in why:
+    if 'max_tokens' in fields and 'max_completion_tokens' in why:
         self.renamed['max_tokens'] = 'max_completion_tokens'
         return True
-    new = {k for k in ('temperature', 'seed') if k in told and k in why} - self.left_out
+    new = {k for k in ('temperature', 'seed') if k in fields and k in why} - self.left_out
     self.left_out |= new
     return bool(new)
 
@@ -322,7 +322,7 @@ def contestant(cfg:BenchmarkConfig, tracks:dict[str,list[dict]]) -> tuple[Contes
 
 # %% ../nbs/benchmark/contestants.ipynb #866a61ae
 @patch
-def told(self:Contestant) -> dict: # for a record
+def asked_how(self:Contestant) -> dict: # for a record
     "How it was asked."
     return dict(engine='api', host=self.host, rung=self.rung)
 

@@ -290,8 +290,8 @@ def world() -> tuple[int,int]: # rank, processes
 
 def stop_asked() -> bool:
     "Whether the file that YOTHALIA_STOP names is there: save, and stop."
-    told = os.environ.get('YOTHALIA_STOP', '')
-    return bool(told) and Path(told).exists()
+    file = os.environ.get('YOTHALIA_STOP', '')
+    return bool(file) and Path(file).exists()
 
 # %% ../nbs/base/core.ipynb #83379f85
 def site_file() -> Path:
@@ -388,8 +388,8 @@ def progress(items, # an iterable
             ):
     "tqdm over `items`, which also tells the runner how far it is, and how it goes."
     from tqdm.auto import tqdm
-    told, say = os.environ.get('YOTHALIA_PROGRESS', ''), say or (lambda: '')
-    if not told:
+    file, say = os.environ.get('YOTHALIA_PROGRESS', ''), say or (lambda: '')
+    if not file:
         bar = tqdm(items, desc=desc, total=total)
         for o in bar:
             yield o
@@ -397,13 +397,13 @@ def progress(items, # an iterable
         return
     total = total or (len(items) if hasattr(items, '__len__') else None)
     for i, o in enumerate(items):
-        if told != 'off': tell_progress(', '.join(filter(None, (f'{desc} {i}/{total}'.removesuffix('/None'), say()))))
+        if file != 'off': tell_progress(', '.join(filter(None, (f'{desc} {i}/{total}'.removesuffix('/None'), say()))))
         yield o
 
 def tell_progress(text:str # a short line
                  ):
     "Leave a line for the runner, where one listens."
-    told = os.environ.get('YOTHALIA_PROGRESS', '')
-    if told and told != 'off':
-        try: Path(told).write_text(text, encoding='utf-8')
+    file = os.environ.get('YOTHALIA_PROGRESS', '')
+    if file and file != 'off':
+        try: Path(file).write_text(text, encoding='utf-8')
         except OSError: pass  # a lost progress line must not stop a run

@@ -62,8 +62,8 @@ def read_hub(name:str, # a name in `SOURCES`, or 'hub:owner/name'
                         f'is the name right, does it need HF_TOKEN?') from e
     items = enumerate((step(dict(o)) for s in splits.values() for o in s), 1)
     rows, rejects = some_left(*to_rows(items, name, character, columns), name)
-    told = persona_text(persona)
-    return [r | dict(instruction=r['instruction'] or told, character=r['character'] or character or None)
+    own = persona_text(persona)
+    return [r | dict(instruction=r['instruction'] or own, character=r['character'] or character or None)
             for r in rows], rejects
 
 # %% ../nbs/01_data.ipynb #f527b763

@@ -67,10 +67,10 @@ def arithmetic(precision:str='bf16', # a key of `PRECISIONS`
 def quantization_config(precision:str, to_save:bool=False):
     "The bitsandbytes configuration of a precision; None where it needs none."
     from transformers import BitsAndBytesConfig
-    told = PRECISIONS[known_precision(precision)].bnb
-    if told and told.get('bnb_4bit_compute_dtype') == 'bfloat16':
-        told = told | dict(bnb_4bit_compute_dtype=arithmetic(precision, to_save))
-    return BitsAndBytesConfig(**told) if told else None
+    options = PRECISIONS[known_precision(precision)].bnb
+    if options and options.get('bnb_4bit_compute_dtype') == 'bfloat16':
+        options = options | dict(bnb_4bit_compute_dtype=arithmetic(precision, to_save))
+    return BitsAndBytesConfig(**options) if options else None
 
 # %% ../nbs/base/models.ipynb #c4d45f46
 EMBEDDED = 'smollm2-135m'

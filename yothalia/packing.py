@@ -152,11 +152,11 @@ def pack_nll(model, # a causal language model, with or without an adapter, insid
              chunk:int=1024 # places at the output layer at a time
             ) -> torch.Tensor: # (targets,) nats, fp32
     "Negative log-likelihood of each target of a pack."
-    model, told = plain(model), dict(input_ids=p.ids, position_ids=p.positions, use_cache=False, pack=p)
+    model, given = plain(model), dict(input_ids=p.ids, position_ids=p.positions, use_cache=False, pack=p)
     if not frozen_head(model):
-        logits = model(**told, logits_to_keep=p.at).logits[0].float()
+        logits = model(**given, logits_to_keep=p.at).logits[0].float()
         return cross_entropy(logits, p.targets, reduction='none')
-    hidden = model.base_model(**told).last_hidden_state[0].index_select(0, p.at)
+    hidden = model.base_model(**given).last_hidden_state[0].index_select(0, p.at)
     return _HeadNll.apply(hidden, model.get_output_embeddings().weight, p.targets, chunk)
 
 # %% ../nbs/lora/packing.ipynb #02a00020b

@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from .core import *
 from .models import *
 from .packing import pack_nll, packed
-from .training import Told, Training, wait_for_gpu
+from .training import TrainingArgs, Training, wait_for_gpu
 from .runs import *
 
 os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # torch's profiler writes its stages to stderr
@@ -73,7 +73,8 @@ def train_iteration(training:Training) -> dict: # seconds of each phase, tokens
 
 def one_step(model, data, pack_tokens:int=0) -> Training: # a PeftModel, examples
     "A training whose first step is all of `data`."
-    return Training(model.train(), data, data[:1], Told(batch=len(data), pack_tokens=pack_tokens), rooted('_runs'))
+    args = TrainingArgs(batch=len(data), pack_tokens=pack_tokens)
+    return Training(model.train(), data, data[:1], args, rooted('_runs'))
 
 # %% ../nbs/05_profiling.ipynb #a1c9e737
 def profiled(run, # a function without arguments

@@ -54,10 +54,10 @@ def next_tokens(logits:torch.Tensor, # (replies, vocabulary)
     cold = [s.temperature <= 0 for s in hows]
     if all(cold): return best.tolist()
     luck = [0. if c else float(torch.rand(1, generator=g)) for c, g in zip(cold, draws)]
-    told = [(s.temperature if s.temperature > 0 else 1., s.top_p, s.top_k or logits.shape[1], s.min_p, u)
+    limits = [(s.temperature if s.temperature > 0 else 1., s.top_p, s.top_k or logits.shape[1], s.min_p, u)
             for s, u in zip(hows, luck)]
-    warm, *told = torch.tensor(told, device=logits.device).T[:, :, None]
-    drawn = draw_among(logits/warm, *told)
+    warm, *limits = torch.tensor(limits, device=logits.device).T[:, :, None]
+    drawn = draw_among(logits/warm, *limits)
     return torch.where(torch.tensor(cold, device=logits.device), best, drawn).tolist()
 
 def next_token(logits:torch.Tensor, # (vocabulary,)

@@ -80,15 +80,15 @@ def own_adapters(cfg:ServeConfig, who:dict) -> dict[str,str]: # name of the mode
 def stage_of(cfg:ServeConfig) -> Stage:
     "The same with one model for all of them, here or behind an address."
     who, place, tok = cast_of(cfg), run_adapter(cfg.out, cfg.adapter), load_tokenizer(cfg.model)
-    told, own = dict(places=cfg.places, room=cfg.room, waiting=cfg.waiting), own_adapters(cfg, who)
+    shared, own = dict(places=cfg.places, room=cfg.room, waiting=cfg.waiting), own_adapters(cfg, who)
     if cfg.engine:
         from yothalia.behind import Behind
         engine, place = Behind(tok, cfg.engine, cfg.engine_model or model_name(cfg.model), cfg.engine_adapter,
-                               **told), cfg.engine_adapter
+                               **shared), cfg.engine_adapter
     else:
         every = ({'@run': place} if place else {}) | own  # no character can be called so
         model = load_model(cfg.model, cfg.precision)
-        engine = Engine(load_adapters(model, every) if every else model, tok, **told)
+        engine = Engine(load_adapters(model, every) if every else model, tok, **shared)
         if own and not engine.adapters:
             engine.stop()
             Adapters(engine.model)  # says why
@@ -304,9 +304,9 @@ def metrics(self:Stage, counts:dict # name → number
            ) -> str:
     "What a monitor reads ([Prometheus' text format](https://prometheus.io/docs/instrumenting/exposition_formats/))."
     e = self.engine
-    told = {'counter': counts | dict(steps=e.steps, tokens=e.tokens),
+    shown = {'counter': counts | dict(steps=e.steps, tokens=e.tokens),
             'gauge': dict(seated=sum(len(s) for _, s in e.tables.values()), waiting=e.queued())}
-    return ''.join(f'# TYPE yothalia_{k} {kind}\nyothalia_{k} {v}\n' for kind, of in told.items()
+    return ''.join(f'# TYPE yothalia_{k} {kind}\nyothalia_{k} {v}\n' for kind, of in shown.items()
                    for k, v in of.items())
 
 def guarded(answer, # an async function of a request

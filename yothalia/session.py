@@ -193,7 +193,7 @@ def prompt(self:Session) -> str:
 # %% ../nbs/chat/session.ipynb #07b0001a1
 @patch
 def recalled(self:Session, path:list[Turn]) -> tuple[str,int]: # and how many turns it is about
-    "What is told of the first turns of a branch, where they were summed up."
+    "What is request of the first turns of a branch, where they were summed up."
     return next(((self.memory[t.id], k+1) for k, t in reversed([*enumerate(path)]) if t.id in self.memory), ('', 0))
 
 @patch
@@ -205,10 +205,11 @@ def sum_up(self:Session, path:list[Turn], keep:int): # so many turns before the 
     while end < len(path)-1 and path[end].role != 'user': end += 1  # what stays begins with a line of the user
     gone = [f'{self.user if t.role == "user" else self.who.name}: {t.text}' for t in path[start:end]]
     if not gone: return
-    told = dict(instruction='', reply='', history=[], user='\n'.join(filter(None, (
+    request = dict(instruction='', reply='', history=[], user='\n'.join(filter(None, (
         'Here is a conversation:', memory, *gone,
         '\nSum it up in three sentences: who they are, and what was said, promised or found out.'))))
-    text = hear(self.voice, render(told, self.voice.tok, BARE)[0], Sampling(temperature=0., max_tokens=96), (), False)
+    prompt = render(request, self.voice.tok, BARE)[0]
+    text = hear(self.voice, prompt, Sampling(temperature=0., max_tokens=96), (), False)
     if text.strip(): self.memory[path[end-1].id] = text.strip()
 
 @patch

@@ -75,13 +75,13 @@ def batch_file(job:str, step:str, site:Site, points:list[str]=()) -> str: # step
     run = f'apptainer exec {"--nv "*bool(own.gpus)}--bind "$PWD" {site.container} ' if site.container else ''
     several = step == '02_lora' and max(own.gpus, 1)*own.nodes > 1
     line = f'$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" _runs/{job}/slurm/points.txt)'
-    told = dict(setup='\n'.join(site.setup) if not run else '# the environment is in the container',
+    filled = dict(setup='\n'.join(site.setup) if not run else '# the environment is in the container',
                 folder=f'folder={line}' if points else f'folder=_runs/{job}', run=run, warn=own.warn,
                 step='' if step == 'all' else f' {step}',
                 together=static('together.sh').format(gpus=max(own.gpus, 1), nodes=own.nodes, run=run)*several)
     by_hand = f'--array=0-{len(points)-1} '*bool(points)
     head = f'# {step} of {job}, as `yothalia submit` wrote it; by hand: sbatch {by_hand}_runs/{job}/slurm/{step}.sh'
-    lines = ['#!/bin/bash', head, *batch_head(job, step, site, bool(points)), static('step.sh').format(**told)]
+    lines = ['#!/bin/bash', head, *batch_head(job, step, site, bool(points)), static('step.sh').format(**filled)]
     return '\n'.join(lines)
 
 # %% ../nbs/run/slurm.ipynb #b600001a
@@ -291,7 +291,7 @@ def step_state(folder:Path, step:str, key:str, job:dict|None, # as Slurm tells i
                task:int|str='' # of an array
               ) -> dict: # state, far, note, end
     "The state of a step of a run."
-    told = folder/f'.{step}.progress'
+    progress = folder/f'.{step}.progress'
     outs = [*folder.glob(f'slurm/{step}-*.out'), *folder.parent.glob(f'slurm/all-*_{task}.out')]
     outs.sort(key=lambda p: p.stat().st_mtime)
     if is_done(folder, step, key):
@@ -304,7 +304,7 @@ def step_state(folder:Path, step:str, key:str, job:dict|None, # as Slurm tells i
     def note(*some): return '; '.join(filter(None, [*some, restarted]))
     if state == 'completed': return dict(state='not done', far='', note='it ended well, with other code or parameters')
     if state == 'running':
-        far = told.read_text() if told.exists() else job['RunTime']
+        far = progress.read_text() if progress.exists() else job['RunTime']
         return dict(state=state, far=far, note=note(loss_or_score(folder, step)))
     if state == 'cancelled' and not outs:
         return dict(state=state, far='', note='a step before it failed' if 'epend' in why else why)

@@ -104,7 +104,7 @@ def train_ours(model, data:list[dict], cfg:SpeedConfig, liger:bool=True, fp8:boo
               ) -> list[dict]: # for each step tokens, seconds since the start, loss, grad_norm
     "The loop of `training`, with Liger's kernels where they are installed, or without."
     with tempfile.TemporaryDirectory() as box:
-        t = Training(model, data, [], Told(batch=cfg.batch, learning_rate=cfg.learning_rate,
+        t = Training(model, data, [], TrainingArgs(batch=cfg.batch, learning_rate=cfg.learning_rate,
                                            pack_tokens=cfg.pack_tokens, warmup=0., liger=liger, fp8=fp8,
                                            recompute=cfg.recompute or None), box)
         t.batches = [list(range(i, i+cfg.batch)) for i in range(0, len(data), cfg.batch)]
@@ -128,7 +128,7 @@ def _watched(trainer, tokens:list[int]) -> list[dict]:
 
 # %% ../nbs/studies/speed.ipynb #02d0000dy
 def _arguments(cfg:SpeedConfig, box:str, **kw) -> dict:
-    "What both of them are told."
+    "What both of them are args."
     return dict(output_dir=box, learning_rate=cfg.learning_rate, lr_scheduler_type='cosine', logging_steps=1,
                 save_strategy='no', report_to='none', disable_tqdm=True, use_cpu=device_info()['device'] == 'cpu',
                 remove_unused_columns=False, weight_decay=0., max_grad_norm=1., num_train_epochs=1, bf16=False) | kw
@@ -139,11 +139,11 @@ def train_padded(model, data:list[dict], cfg:SpeedConfig) -> list[dict]:
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
     pad = DataCollatorForSeq2Seq(load_tokenizer(EMBEDDED), padding=True)
     with tempfile.TemporaryDirectory() as box:
-        told = _arguments(cfg, box, per_device_train_batch_size=cfg.micro_batch,
+        args = _arguments(cfg, box, per_device_train_batch_size=cfg.micro_batch,
                           gradient_accumulation_steps=max(1, cfg.batch//cfg.micro_batch),
                           train_sampling_strategy='sequential')
         tokens = [sum(len(e['input_ids']) for e in data[i:i+cfg.batch]) for i in range(0, len(data), cfg.batch)]
-        return _watched(Trainer(model, TrainingArguments(**told), pad, data), tokens)
+        return _watched(Trainer(model, TrainingArguments(**args), pad, data), tokens)
 
 def train_trl(model, data:list[dict], cfg:SpeedConfig) -> list[dict]:
     "TRL's SFTTrainer, packed best-fit, with Liger's kernels where there is a GPU."
@@ -151,9 +151,9 @@ def train_trl(model, data:list[dict], cfg:SpeedConfig) -> list[dict]:
     from trl import SFTConfig, SFTTrainer
     size, gpu = cfg.pack_tokens or 4096, device_info()['device'] != 'cpu'
     with tempfile.TemporaryDirectory() as box:
-        told = _arguments(cfg, box, per_device_train_batch_size=1, packing=True, packing_strategy='bfd',
+        args = _arguments(cfg, box, per_device_train_batch_size=1, packing=True, packing_strategy='bfd',
                           max_length=size, use_liger_kernel=gpu, gradient_checkpointing=False)
-        trainer = SFTTrainer(model, SFTConfig(**told), train_dataset=Dataset.from_list(data),
+        trainer = SFTTrainer(model, SFTConfig(**args), train_dataset=Dataset.from_list(data),
                              processing_class=load_tokenizer(EMBEDDED))
         return _watched(trainer, [len(r['input_ids']) for r in trainer.train_dataset])
 
@@ -176,7 +176,7 @@ def trained(name:str, trainer:str, cfg:SpeedConfig # a model or shape; a key of 
 def trained_together(name:str, cfg:SpeedConfig, processes:int) -> dict: # as `trained`, of the first process
     "Train the rows with our loop in several processes, one for each GPU."
     with tempfile.TemporaryDirectory() as box:
-        (Path(box)/'told.json').write_text(cfg.model_dump_json())
+        (Path(box)/'args.json').write_text(cfg.model_dump_json())
         got = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone',
                               f'--nproc-per-node={processes}', '-m', 'yothalia.speed', name, box], capture_output=True,
                               text=True)
@@ -188,7 +188,7 @@ def trained_together(name:str, cfg:SpeedConfig, processes:int) -> dict: # as `tr
 def _one_of_several(name:str, box:Path):
     "What each of the processes does."
     join_processes()
-    made = trained(name, 'ours', SpeedConfig(**json.loads((box/'told.json').read_text())))
+    made = trained(name, 'ours', SpeedConfig(**json.loads((box/'args.json').read_text())))
     if world()[0] == 0: (box/'made.json').write_text(json.dumps(made))
     torch.distributed.destroy_process_group()
 

@@ -84,8 +84,8 @@ def rising(t:Training, lowest:float, highest:float, steps:int) -> list[dict]:
     "Steps with a learning rate that grows by the same factor each time."
     rates = np.geomspace(lowest, highest, steps)
     t.learning_rate = lambda i: float(rates[min(i, steps-1)])
-    t.batches = step_batches(len(t.train), t.told.batch, math.ceil(steps*t.told.batch/len(t.train)),
-                             t.told.seed)[:steps]
+    t.batches = step_batches(len(t.train), t.args.batch, math.ceil(steps*t.args.batch/len(t.train)),
+                             t.args.seed)[:steps]
     before = np.array(example_nll(t.model, t.train))
     t.model.train()
     t.mark = time.perf_counter()
@@ -133,7 +133,7 @@ def find_rate(cfg:SweepConfig, rows:list[dict]) -> list[dict]: # the log
     seed_everything(cfg.seed)
     model = add_lora(load_model(cfg.model, cfg.precision), lora_config(cfg))
     with tempfile.TemporaryDirectory() as box:
-        trial = Training(model, data, [], Told(batch=cfg.batch, seed=cfg.seed), box)
+        trial = Training(model, data, [], TrainingArgs(batch=cfg.batch, seed=cfg.seed), box)
         return rising(trial, cfg.lowest, cfg.highest, cfg.steps)
 
 def keep_rate(cfg:SweepConfig, log:list[dict]) -> dict: # the record
@@ -154,10 +154,10 @@ SHARED_WITH_LORA = ('out', 'model', 'precision', 'template', 'epochs', 'batch', 
                     'persona_share', 'train_rows', 'seed')
 
 def lora_config(cfg:SweepConfig, changed:dict|None=None) -> LoraConfig:
-    "What the training of a setting is told; wrong values are refused here, before anything is trained."
-    told = {k: getattr(cfg, k) for k in SHARED_WITH_LORA} | (changed or {})
-    told |= {k: float(told[k]) for k in FLOATS if k in told}
-    return configure(LoraConfig, told | dict(alpha=2*told['rank'], evals=1))
+    "What the training of a setting is given; wrong values are refused here, before anything is trained."
+    given = {k: getattr(cfg, k) for k in SHARED_WITH_LORA} | (changed or {})
+    given |= {k: float(given[k]) for k in FLOATS if k in given}
+    return configure(LoraConfig, given | dict(alpha=2*given['rank'], evals=1))
 
 # %% ../nbs/studies/sweep.ipynb #580f87b5
 def one_at_a_time(cfg:SweepConfig) -> list[Setting]:

@@ -48,8 +48,8 @@ def quantized(folder:Path, # a bf16 model
 
 def held_at(folder:str|Path) -> str: # a key of `PRECISIONS`, or '' if it is none of them
     "The precision at which the weights of a model's folder are held, by its config.json."
-    told = json.loads((Path(folder)/'config.json').read_text(encoding='utf-8'))
-    q, kind = told.get('quantization_config'), told.get('dtype') or told.get('torch_dtype')
+    config = json.loads((Path(folder)/'config.json').read_text(encoding='utf-8'))
+    q, kind = config.get('quantization_config'), config.get('dtype') or config.get('torch_dtype')
     if not q: return {'bfloat16': 'bf16', 'float32': 'fp32'}.get(kind, '')
     if q.get('load_in_8bit'): return 'int8'
     same = lambda p: all(q.get(k) == v for k, v in p.bnb.items() if k != 'bnb_4bit_compute_dtype')
