@@ -110,9 +110,9 @@ def written(make, folder):
     return folder/name, given
 
 
-def ended(out):
+def ended(out, steps=STEPS):
     "What every walk must leave."
-    got = {s: load_records(out/'records', step=s) for s in ('data', 'lora', 'quantization', 'benchmark', 'profiling')}
+    got = {room(s): load_records(out/'records', step=room(s)) for s in steps}
     assert all(got.values()), {s: len(r) for s, r in got.items()}
     assert (out/'adapter'/'seal.json').exists() and findings(out)
     return got
@@ -202,10 +202,11 @@ def test_walk_by_command(command):
 @pytest.mark.parametrize('make', [long_personas, long_replies, two_languages, messages, japanese, twelve, tavern], ids=lambda m: m.__name__)
 def test_walk(make, tmp_path):
     path, given = written(make, tmp_path)
-    planned = plan({}, [*TINY, f'data={path}', *given, f'out={tmp_path}/out'])
+    steps = STEPS if make in (long_personas, twelve) else ('01_data', '02_lora', '04_benchmark')  # what precision and profile do is not up to the rows' form
+    planned = plan({}, [*TINY, f'data={path}', *given, f'out={tmp_path}/out'], steps)
     look_first(planned)
-    for step in STEPS: the_run(step, planned[step])
-    got = ended(tmp_path/'out')
+    for step in steps: the_run(step, planned[step])
+    got = ended(tmp_path/'out', steps)
     what = got['data'][0]['what']
     rows = [r for p in ('train', 'valid', 'test') for r in read_jsonl(tmp_path/'out'/'data'/f'{p}.jsonl')]
     if make is messages: assert max(len(r['history']) for r in rows) >= 2 and what['characters'] == 1 and {r['character'] for r in rows} == {'sherlock-holmes'}
