@@ -172,7 +172,7 @@ torch.distributed.destroy_process_group()
 def test_adapter_of_a_model_that_is_spread(tmp_path):
     "Trained by two processes that hold half a model each, its adapter fits the whole model and does what the log says."
     from yothalia.data import DataConfig, load_split, prepare
-    from yothalia.lora import condition_losses, loss_table
+    from yothalia.tuned import condition_losses, loss_table
     from yothalia.labels import token_budget
     from yothalia.models import load_model, load_tokenizer
     prepare(DataConfig(data='sample', out=str(tmp_path/'run')))

@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['BenchmarkConfig', 'conditions', 'about', 'Bench', 'described', 'template_of', 'dev_questions_of', 'in_mode',
-           'benchmark', 'headline_of', 'accuracy_table', 'brief_table', 'plot_accuracy', 'ask_tracks', 'Found']
+           'benchmark', 'ask_tracks', 'Found']
 
 # %% ../nbs/04_benchmark.ipynb #83db4014
 import json
-from collections import Counter, defaultdict
-from itertools import product
+from collections import Counter
 from pathlib import Path
-import numpy as np, pandas as pd
+import numpy as np
 from fastcore.basics import patch
 from .core import *
 from .models import *
@@ -22,6 +21,7 @@ from .runs import *
 from .questions import (Pool, TRACKS, TrackName, make_questions, make_tracks, questions_hash, save_rules)
 from .scoring import road
 from .asking import *
+from .tables import *
 
 # %% ../nbs/04_benchmark.ipynb #139e12d4
 class BenchmarkConfig(TunedConfig, Scored):
@@ -177,88 +177,6 @@ def one_record(self:Bench, qs:list[dict], mode:str, condition:str, chosen:dict #
     found = summary(lines, mode, chosen['headline']) | spent
     record = save_record(path.with_suffix('').with_suffix('.json'), what, found, cfg.model_dump(), path)
     return record | dict(lines=lines)
-
-# %% ../nbs/04_benchmark.ipynb #9e95f15d
-def headline_of(record:dict) -> str:
-    "How the accuracy that counts was read."
-    mode = MODES.get(record['what']['mode'])  # the rules are no mode
-    return record['what'].get('headline') or (mode.readings[0] if mode else '')
-
-def accuracy_table(records:list[dict]) -> pd.DataFrame: # rows: mode and reading; columns: conditions
-    """Accuracies with intervals, one line per track, mode and way of reading it, one column per condition; * marks the
-    headline."""
-    cells = defaultdict(dict)
-    for r in sorted(records, key=lambda r: (list(TRACKS).index(r['what']['track']),
-                                            [*MODES, 'rules'].index(r['what']['mode']))):
-        for name, m in r['metrics'].items():
-            if name.startswith('recall'): continue
-            by = name.removeprefix('accuracy ') + '*'*(name == f"accuracy {headline_of(r)}")
-            cell, c = cells[r['what']['track'], r['what']['mode'], by, m['n']], r['what']['condition']
-            if c in cell:
-                raise ValueError(f"two records of track {r['what']['track']}, mode {r['what']['mode']}, condition "
-                                 f"{c}: say which is meant")
-            cell[c] = str(Metric(m))
-    table = pd.DataFrame([dict(zip(('track', 'mode', 'read by', 'n'), k)) | v for k, v in cells.items()],
-                         columns=None if cells else ['track', 'mode', 'read by', 'n'])
-    order = [c for c in (*CONDITIONS, 'none') if c in table]
-    return table[['track', 'mode', 'read by', 'n', *order]].rename(columns={'none': 'no model'}).fillna('')
-
-# %% ../nbs/04_benchmark.ipynb #14283e3f
-def brief_table(records:list[dict]) -> pd.DataFrame: # one line per track and mode
-    """Only what counts: the headline of each track and mode, format errors, and the chosen rule beside the mode that
-    asks the same questions."""
-    best = {}
-    for r in records:
-        if r['what']['mode'] == 'rules':
-            if (k := r['what'].get('rule')):
-                best[r['what']['track']] = (f"{k} {r['metrics'][k]['value']:.2f}, chance "
-                                            f"{r['metrics']['chance']['value']:.2f}")
-    table = accuracy_table([r for r in records if r['what']['mode'] != 'rules'])
-    table = table[table['read by'].str.endswith('*')
-                  | (table['read by'] == 'format errors strict')].reset_index(drop=True)
-    table['read by'] = table['read by'].str.rstrip('*').replace('format errors strict', 'format errors')
-    return table.assign(**{'rule': [best.get(t, '') if m == 'cloze' else ''
-                                    for t, m in zip(table.track, table['mode'])]})
-
-# %% ../nbs/04_benchmark.ipynb #68b4f5a1
-def _rules_of(got:dict, track:str) -> list[tuple[float, str, str]]: # value, marker, label
-    "The rule that did best on held-out rows, and chance."
-    r = got.get((track, 'rules'), {}).get('none')
-    if not r: return []
-    rule = r['metrics'].get(r['what'].get('rule'))
-    return ([(rule['value'], 'D', 'rule')] if rule else []) + [(r['metrics']['chance']['value'], '|', 'chance')]
-
-def _plot_metric(ax, m:dict, height:float, condition:str):
-    ax.plot(m['interval'], [height]*2, color=COLOURS[condition], lw=2, solid_capstyle='round')
-    ax.plot(m['value'], height, 'o', color=COLOURS[condition])
-    ax.annotate(condition, (m['interval'][1], height), xytext=(5, 0), textcoords='offset points', va='center',
-                fontsize=8, color=COLOURS[condition])
-
-# %% ../nbs/04_benchmark.ipynb #e3e13a12
-def plot_accuracy(records:list[dict], ax=None):
-    """Accuracy by the headline in each track and mode with Wilson intervals; the rule chosen on held-out rows, and
-    chance."""
-    import matplotlib.pyplot as plt
-    got = defaultdict(dict)
-    for r in records: got[r['what']['track'], r['what']['mode']][r['what']['condition']] = r
-    rows = [m for m in product(TRACKS, MODES) if m in got][::-1]
-    ax = ax or plt.subplots(figsize=(8, .8*len(rows)+1), layout='constrained')[1]
-    for y, at in enumerate(rows):
-        there = [c for c in CONDITIONS if c in got[at]]
-        for j, c in enumerate(there):
-            _plot_metric(ax, next(iter(got[at][c]['metrics'].values())), y + .32 - .64*(j+.5)/len(there), c)
-        if at[1] != 'cloze': continue
-        for x, marker, label in _rules_of(got, at[0]):
-            ax.plot(x, y-.4, marker, color='gray', ms=9 if marker == '|' else 5)
-            ax.annotate(label, (x, y-.4), xytext=(5, 0), textcoords='offset points', va='center', fontsize=7,
-                        color='gray')
-    n = {m: next(iter(next(iter(got[m].values()))['metrics'].values()))['n'] for m in rows}
-    ax.set_yticks(range(len(rows)), [f'{t}, {m}\n(n={n[t, m]:,})' for t, m in rows])
-    ax.set(xlim=(-.02, 1.12), ylim=(-.6, len(rows)-.4), xlabel='accuracy, with 95% intervals',
-           title='Who is speaking? Which reply is the character\'s?')
-    ax.set_xticks(np.arange(0, 1.01, .2))
-    ax.grid(axis='x', alpha=.25)
-    return ax
 
 # %% ../nbs/04_benchmark.ipynb #c08fa467
 def ask_tracks(cfg:BenchmarkConfig, model, tok, test:list[dict]) -> dict[str,list[dict]]: # track → questions

@@ -22,7 +22,7 @@ from .prompts import *
 from .runs import *
 from .cards import Card, png_chunks
 from .questions import TRACKS
-from .benchmark import headline_of
+from .tables import headline_of
 from .characters import Character, cast_of_run, character_of_run, make_card
 from .sampling import Sampling
 from .report import findings

@@ -17,9 +17,9 @@ from .models import PRECISIONS
 from .prompts import CONDITIONS, template_name
 from .questions import TRACKS
 from .stats import against_rule, answers, paired_difference
-from . import benchmark, lora, profiling, quantization
+from . import profiling, quantization, tables, tuned
 from .asking import MODES
-from .benchmark import headline_of
+from .tables import headline_of
 
 # %% ../nbs/run/report.ipynb #3ba230f1
 def as_percent(m:dict # a metric
@@ -217,8 +217,8 @@ def summary_figure(folder:Path # the run's folder
     if not any(got.values()): return None
     fig = plt.figure(figsize=(13, 8), layout='constrained')
     grid = fig.add_gridspec(3, 2, height_ratios=[1, 1, .3])
-    if got['benchmark']: benchmark.plot_accuracy(got['benchmark'], fig.add_subplot(grid[0, 0]))
-    if got['lora']: lora.plot_gains(got['lora'][0], fig.add_subplot(grid[0, 1]))
+    if got['benchmark']: tables.plot_accuracy(got['benchmark'], fig.add_subplot(grid[0, 0]))
+    if got['lora']: tuned.plot_gains(got['lora'][0], fig.add_subplot(grid[0, 1]))
     if got['quantization']:
         quantization.plot_precisions(got['quantization'], [fig.add_subplot(grid[1, i]) for i in (0, 1)])
     if got['profiling']: profiling.plot_phases(got['profiling'][0], fig.add_subplot(grid[2, :]))
@@ -245,7 +245,7 @@ def show_results(folder:Path, console:Console):
     bench, quant = (load_records(folder, step=s) for s in ('benchmark', 'quantization'))
     console.print()
     if bench:
-        show_frame(benchmark.brief_table(bench),
+        show_frame(tables.brief_table(bench),
                    "Who is speaking, which reply is the character's? Accuracy with 95% Wilson intervals", console)
     if quant: show_frame(quantization.precision_table(quant), 'What does each precision cost?', console)
     show_lines(folder, console)

@@ -82,7 +82,7 @@ def staged(notebook:dict, blob:str, sentences:dict[str,str]) -> dict:
     return notebook | dict(cells=cells)
 
 # %% ../nbs/run/site.ipynb #c6000018
-TABLES = dict(benchmark=('Accuracy', 'benchmark.brief_table'), validity=('Validity', 'validity.validity_table'),
+TABLES = dict(benchmark=('Accuracy', 'tables.brief_table'), validity=('Validity', 'validity.validity_table'),
               quantization=('Precisions', 'quantization.precision_table'),
               templates=('Prompt templates', 'templates.template_table'),
               sweep=('Settings of the training', 'sweep.sweep_table'), curve=('Training rows', 'sweep.sweep_table'),

@@ -20,7 +20,7 @@ from statsmodels.stats.multitest import multipletests
 from .core import *
 from .prompts import COLOURS, CONDITIONS
 from .asking import ModeName, ReadingName, accuracy, mcnemar, picked, right
-from .benchmark import headline_of
+from .tables import headline_of
 
 # %% ../nbs/benchmark/stats.ipynb #ff5103d0
 class StatsConfig(Config):

@@ -15,7 +15,8 @@ from .models import *
 from .prompts import COLOURS, CONDITIONS, PERSONA, Template
 from .questions import TRACKS, VIEWS, learned_rule, load_questions, questions_hash, views
 from .asking import Asking, right, score_cloze
-from .benchmark import BenchmarkConfig, headline_of
+from .benchmark import BenchmarkConfig
+from .tables import headline_of
 from .stats import StatsError, benchmark_records, mean_metric
 from .runs import *
 

@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from .data import load_split
 from .prompts import *
 from .runs import *
-from .lora import merge
+from .tuned import merge
 from .questions import TRACKS, TrackName, make_tracks
 from .scoring import Item, score_items
 from .asking import accuracy, question_item
