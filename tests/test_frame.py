@@ -56,6 +56,13 @@ def test_anatomy(path):
     assert any(c.get('outputs') for c in cs if c['cell_type'] == 'code') or path.name == 'index.ipynb', 'no saved outputs'
 
 
+@pytest.mark.parametrize('path', [p for p in NOTEBOOKS if p.stem != 'index'], ids=[n for n in NAMES if 'index' not in n])
+def test_links_lead_somewhere(path):
+    "The site's builder would refuse a page that names another one wrongly."
+    named = [m for c in cells(path) if c['cell_type'] == 'markdown' for m in re.findall(r'\]\(([\w./-]+\.(?:ipynb|md))', source(c))]
+    assert not (lost := [n for n in named if not (path.parent/n).exists()]), lost
+
+
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=NAMES)
 def test_air(path):
     "Lines of 120 columns; an exported cell of 25 lines, a statement a line, and few expressions folded into one."
