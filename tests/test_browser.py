@@ -64,7 +64,10 @@ def test_titles_search_and_reference(browser, site):
     page = browser.new_page(viewport=dict(width=1280, height=900))
     page.goto(url); shot(page, 'index')
     side = page.inner_text('#quarto-sidebar, nav.sidebar, .sidebar')
-    assert 'LoRA' in side and 'Bring your own character' in side and '.ipynb' not in side, side
+    assert 'LoRA' in side and 'Guides' in side and '.ipynb' not in side and len(side.split('\n')) <= 15, side  # folded
+    page.goto(f'{url}/guides/character.html')
+    assert 'Bring your own character' in page.inner_text('#quarto-sidebar, nav.sidebar, .sidebar')  # unfolded where one is
+    page.goto(url)
     found = json.loads((out/'search.json').read_text())
     assert any('load_model' in json.dumps(o) for o in found)
     page.keyboard.press('/') if not page.query_selector('input[type=search]:visible') else None
@@ -81,7 +84,7 @@ def test_phone_and_dark(browser, site):
     out, url = site
     for scheme in ('light', 'dark'):
         page = browser.new_context(viewport=dict(width=390, height=844), color_scheme=scheme).new_page()
-        for p in ('index', 'character', '04_benchmark', 'results/sample', 'api/core'):
+        for p in ('index', 'guides/character', '04_benchmark', 'results/sample', 'api/core'):
             page.goto(f'{url}/{p}.html'); page.wait_for_timeout(200); shot(page, f'phone-{scheme}-{p.replace("/", "-")}')
             wide = page.evaluate('document.documentElement.scrollWidth')
             assert wide <= 400, f'{p} is {wide} pixels wide on a phone'
