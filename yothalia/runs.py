@@ -135,7 +135,7 @@ def open(cls:Run, where:str|Path, # its folder, or its name in `_runs`
     return cls(**dict(out=tidy(place)) | trained_as(place) | {k: v for k, v in given.items() if v})
 
 # %% ../nbs/data/runs.ipynb #617a604e
-def keep(cfg:Config, # of the step, with out, model and precision
+def keep(cfg:Config, # of the step, with out, model and, if the step has one, precision
          name:str, # of the record, which is kept in `records/NAME.json`
          what:dict, # what else it is about: step, adapter, template …
          metrics:dict[str,dict], lines:list[dict]|Path|None=None, # what it rests on, or the file that holds it
@@ -143,8 +143,8 @@ def keep(cfg:Config, # of the step, with out, model and precision
         ) -> dict: # the record, with its path
     "Write the record of a measurement, with model, precision, rows and split, and the lines that it rests on."
     path = rooted(cfg.out)/'records'/f'{name}.json'
-    same = dict(model=model_name(cfg.model), precision=getattr(cfg, 'precision', 'bf16'), data_hash=data_hash(cfg.out),
-                split=split_kind(cfg.out))
+    same = dict(model=model_name(cfg.model), data_hash=data_hash(cfg.out), split=split_kind(cfg.out))
+    if hasattr(cfg, 'precision'): same['precision'] = cfg.precision
     beside = write_jsonl(path.with_suffix(f'.{kind}.jsonl'), lines) if isinstance(lines, list) else lines
     return save_record(path, same | what, metrics, cfg.model_dump(), beside) | dict(path=path)
 

@@ -201,7 +201,8 @@ def values_in(cfg:SweepConfig, run:Run, asked:dict, # speaker, voice: questions;
             yield 'speaker', q, np.argmax(o['sum']) == q['answer']
             yield 'specificity', q, per_token[q['answer']] - np.delete(per_token, q['answer']).mean()
     if not asked['voice']: return
-    key = content_hash(run.worn and adapter_hash(run.worn), questions_hash(asked['voice']))
+    key = content_hash(model_name(cfg.model), cfg.precision, cfg.max_reply, run.worn and adapter_hash(run.worn),
+                       questions_hash(asked['voice'])) # replies alone: of this model, as it is held and tuned
     job = Asking(how, prior=(run.folder/'priors'/f'sweep-{key}.jsonl', key))
     for k, o in score_cloze(run.lm, run.tok, asked['voice'], cfg, job):
         yield 'voice', asked['voice'][k], np.argmax(o['pmi']) == asked['voice'][k]['answer']
