@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from yothalia.cards import (MAX_JSON, SIGNATURE, Card, CardError, card_of, fill, from_charx, from_png, parse_json, portrait, read_card,
                             to_json, _chunk)
 from yothalia.data import read_source
-from yothalia.rows import DataError
+from yothalia.rows import RowsConfig
+from yothalia.files import DataError
 
 ROOT = Path(__file__).parent.parent
 words = st.text(st.characters(codec='utf-8'), max_size=60)
@@ -119,12 +120,12 @@ def test_examples_are_rows(tmp_path):
                      for w in ('roses', 'tarts', 'hoops'))
     card = card_of(dict(spec='chara_card_v2', spec_version='2.0', data=dict(name='Queen', description='{{char}} shouts at {{user}}.', mes_example=said)))
     for end in ('json', 'png', 'charx'):
-        rows, rejects = read_source(str(card.save(tmp_path/f'queen.{end}')))
+        rows, rejects = read_source(RowsConfig(data=str(card.save(tmp_path/f'queen.{end}'))))
         assert len(rows) == 6 and not rejects
         assert {r['character'] for r in rows} == {'Queen'} and rows[0]['instruction'] == 'Queen shouts at User.'
         assert rows[1]['history'] == [dict(role='user', text='What about roses?'), dict(role='assistant', text='Roses! Off with it!')]
         assert len({r['scene'] for r in rows}) == 3
     silent = card_of(dict(name='Mute', description='says nothing')).save(tmp_path/'mute.png')
-    with pytest.raises(DataError, match='mes_example'): read_source(str(silent))
+    with pytest.raises(DataError, match='mes_example'): read_source(RowsConfig(data=str(silent)))
     (tmp_path/'photo.png').write_bytes(portrait('A'))
-    with pytest.raises(DataError, match='without a character'): read_source(str(tmp_path/'photo.png'))
+    with pytest.raises(DataError, match='without a character'): read_source(RowsConfig(data=str(tmp_path/'photo.png')))

@@ -113,4 +113,4 @@ def test_the_original_rows_where_they_are():
     assert len(rows) + len(rejects) == 3146 and Counter(r.reason for r in rejects) == {'user is empty': 51}
     clean, more, changed = clean_rows(rows)
     assert changed['mended instruction'] == 77 and not any('Assistant:' in r['user'][-12:] for r in clean)
-    assert len(read_rows(shared/'machine.csv')[0]) == 180
+    assert len(read_rows(shared/'machine.csv').rows) == 180

@@ -10,7 +10,7 @@ from yothalia.runner import JOBS, STEPS, job_notebook, look_first, plan, room, w
 from yothalia.core import *
 from yothalia.cleaning import label_rows
 from yothalia.rows import sample_rows
-from yothalia.rows import DataError
+from yothalia.files import DataError
 
 ROOT, BIN = Path(__file__).parent.parent, Path(sys.executable).parent
 TINY = ['train_rows=3', 'valid_rows=1', 'evals=1', 'batch=3', 'replies=1', 'reply_tokens=2', 'precisions=[bf16]', 'loss_rows=1', 'prompts=1', 'new_tokens=2',

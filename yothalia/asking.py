@@ -19,7 +19,7 @@ import numpy as np
 from scipy import stats
 from .core import *
 from .models import *
-from .rows import DataError
+from .files import DataError
 from .prompts import *
 from .runs import *
 from .questions import TRACKS

@@ -14,7 +14,7 @@ import numpy as np
 from fastcore.basics import patch
 from .core import *
 from .models import *
-from .rows import DataError
+from .files import DataError
 from .data import data_hash, split_kind
 from .prompts import *
 from .runs import *

@@ -16,7 +16,7 @@ import regex
 from fastcore.basics import patch
 from .core import *
 
-# %% ../nbs/data/cards.ipynb #07a0000b
+# %% ../nbs/data/cards.ipynb #925c60ee
 TEXTS = ('name', 'description', 'personality', 'scenario', 'first_mes', 'mes_example') # V1, all that it has
 MORE_TEXTS = ('creator_notes', 'system_prompt', 'post_history_instructions', 'creator', 'character_version') # V2
 LISTS = ('alternate_greetings', 'tags', 'group_only_greetings') # V2, V2, V3
@@ -34,23 +34,64 @@ class Card:
     version: int = 3        # 1, 2 or 3: as it was read
     picture: bytes = b''    # a PNG, if it came in one
     files: dict = field(default_factory=dict)  # name → bytes of what else an archive held
+    odd: list = field(default_factory=list, compare=False) # sentences: what was unusual, and how it was read
 
-# %% ../nbs/data/cards.ipynb #07a0000c
-def _checked(data:dict, name:str) -> dict:
+# %% ../nbs/data/cards.ipynb #71d9d56d
+def _text(v) -> str|None: # None: nothing readable
+    "A text that was written as something else."
+    if isinstance(v, str): return v
+    if isinstance(v, list): return '\n'.join(filter(None, map(_text, v)))
+    return str(v) if isinstance(v, (int, float)) and not isinstance(v, bool) else None
+
+def _texts(v, commas:bool) -> list[str]:
+    "A list of texts that was written as something else: as one text, or with its numbers as keys."
+    if isinstance(v, str): v = v.split(',') if commas else [] if v.strip().isdigit() else [v]
+    if isinstance(v, dict): v = list(v.values())
+    return [t.strip() if commas else t for t in map(_text, v if isinstance(v, list) else []) if t and t.strip()]
+
+# %% ../nbs/data/cards.ipynb #f6ddbfe2
+def _book(v) -> dict|None:
+    "A lorebook, also one written as a list, or as World Info of SillyTavern."
+    if isinstance(v, list): v = dict(entries=v)
+    if not isinstance(v, dict): return None
+    entries = v.get('entries')
+    if isinstance(entries, dict): entries = list(entries.values())
+    if not isinstance(entries, list): return v
+    return v | dict(entries=[_world_entry(e) if isinstance(e, dict) else e for e in entries])
+
+def _world_entry(e:dict) -> dict:
+    "An entry in the words of cards: keys as a list, numbers as numbers."
+    old = dict(keys='key', secondary_keys='keysecondary', insertion_order='order')
+    e = e | {new: e[k] for new, k in old.items() if new not in e and k in e}
+    if 'disable' in e and 'enabled' not in e: e = e | dict(enabled=not e['disable'])
+    e = e | {k: _texts(e[k], True) for k in ('keys', 'secondary_keys') if k in e and not isinstance(e[k], list)}
+    order = e.get('insertion_order')
+    return e | dict(insertion_order=float(order)) if isinstance(order, str) and re.fullmatch(r'-?\d+(\.\d+)?',
+            order) else e
+
+# %% ../nbs/data/cards.ipynb #61a14643
+def _read_as(k:str, v):
+    "A field as what it should be; None where nothing can be read."
+    if k in LISTS: return v if isinstance(v, list) and all(isinstance(t, str) for t in v) else _texts(v, k == 'tags')
+    if k == 'character_book': return _book(v)
+    if k == 'extensions': return v if isinstance(v, dict) else {}
+    return _text(v)
+
+def _checked(data:dict, name:str) -> tuple[dict, list[str]]: # the fields, and what was odd
     "The fields that this room looks into, each of its type; None counts as not given."
-    data = {k: v for k, v in data.items() if v is not None or k not in (*TEXTS, *MORE_TEXTS, *LISTS, 'character_book')}
-    kinds = {k: str for k in (*TEXTS, *MORE_TEXTS, 'nickname')} | {k: list for k in LISTS} | dict(
-        extensions=dict, character_book=dict)
-    for k, kind in kinds.items():
-        if k in data and not isinstance(data[k], kind):
-            raise CardError(f'{name}: {k} is a {type(data[k]).__name__} where a {kind.__name__} belongs.')
-    for k in LISTS:
-        if any(not isinstance(o, str) for o in data.get(k, ())):
-            raise CardError(f'{name}: {k} holds something that is no text.')
-    if not data.get('name', '').strip(): raise CardError(f'{name}: the character has no name.')
-    return data
+    looked, out, odd = (*TEXTS, *MORE_TEXTS, 'nickname', *LISTS, 'character_book', 'extensions'), {}, []
+    for k, v in data.items():
+        if k in looked and v is None: continue
+        new = _read_as(k, v) if k in looked else v
+        if k in looked and new != v:
+            shown = 'a lorebook' if k == 'character_book' else repr(new)[:60]
+            odd.append(f'{k} was written in an unusual way and is read as {shown}' if new
+                       else f'{k} says nothing readable and is left out')
+        if new is not None: out[k] = new
+    if not out.get('name', '').strip(): raise CardError(f'{name}: the character has no name.')
+    return out, odd
 
-# %% ../nbs/data/cards.ipynb #c5a7621a
+# %% ../nbs/data/cards.ipynb #3a95e0cb
 def card_of(o, # from JSON
             name:str='the card') -> Card:
     "A card from the object of any version; a `CardError` that says what is wrong with it."
@@ -58,13 +99,15 @@ def card_of(o, # from JSON
     if str(o.get('spec', '')).startswith('chara_card_v') and isinstance(o.get('data'), dict):
         version = 2 + (o['spec'] == 'chara_card_v3')
         beside = {k: v for k, v in o.items() if k not in ('data', 'spec', 'spec_version', *TEXTS)}
-        return Card(_checked(o['data'], name), beside, version)
+        data, odd = _checked(o['data'], name)
+        return Card(data, beside, version, odd=odd)
     flat = {k: o.get(k, o.get(old)) for k, old in OTHER_SPELLINGS.items()} | {'personality': o.get('personality')}
     if not any(flat[k] for k in flat if k != 'name'):
         raise CardError(f'{name} is JSON, but no character card: there is neither spec and data, nor name and '
                         'description.')
     rest = {k: v for k, v in o.items() if k not in OTHER_SPELLINGS.values()}
-    return Card(_checked(rest | {k: v for k, v in flat.items() if v is not None}, name), {}, 1)
+    data, odd = _checked(rest | {k: v for k, v in flat.items() if v is not None}, name)
+    return Card(data, {}, 1, odd=odd)
 
 # %% ../nbs/data/cards.ipynb #07a00010
 BACKFILLED = 'This is a Character Card V3 that was loaded as V2: a program that knows V3 shows all of it.'
@@ -163,17 +206,28 @@ def _text_of(kind:bytes, body:bytes, name:str) -> tuple[str,bytes]: # keyword, t
         if d.unconsumed_tail: raise CardError(f'{name}: its text unpacks to more than a card may have.')
     return word.decode('latin-1').lower(), rest
 
-# %% ../nbs/data/cards.ipynb #a66bfca1
+# %% ../nbs/data/cards.ipynb #f566b612
+def _of_chunk(text:bytes, name:str) -> Card|CardError:
+    "The card in one chunk, or what is wrong with it."
+    try: return card_of(parse_json(base64.b64decode(b''.join(text.split()), validate=True), name), name)
+    except CardError as e: return e
+    except ValueError: return CardError(f'{name}: the character in it is not base64.')
+
+def _richness(c:Card) -> int: return sum(len(c.data.get(k, '')) for k in TEXTS)
+
 def from_png(b:bytes, name:str='the card') -> Card:
-    "The card in a picture; V3 wins where there are both."
-    texts = dict(_text_of(k, body, name) for k, body in png_chunks(b, name)
-                 if k in (b'tEXt', b'zTXt', b'iTXt') and body[:5].lower().startswith((b'ccv3\0', b'chara')))
-    found = [texts[k] for k in ('ccv3', 'chara') if k in texts]
+    "The card in a picture; V3 wins where there are both, and of two of one kind the one that says more."
+    texts = [_text_of(k, body, name) for k, body in png_chunks(b, name)
+             if k in (b'tEXt', b'zTXt', b'iTXt') and body[:5].lower().startswith((b'ccv3\0', b'chara'))]
+    found = [(word, _of_chunk(text, name)) for kind in ('ccv3', 'chara') for word, text in texts if word == kind]
     if not found:
         raise CardError(f'{name} is a picture without a character in it: some sites strip it. Download the original.')
-    try: o = base64.b64decode(b''.join(found[0].split()), validate=True)
-    except ValueError: raise CardError(f'{name}: the character in it is not base64.') from None
-    card = card_of(parse_json(o, name), name)
+    whole = [(word, c) for word, c in found if isinstance(c, Card)]
+    if not whole: raise found[0][1]
+    card = max((c for word, c in whole if word == whole[0][0]), key=_richness)
+    if len(found) > len(dict(found)) or len(whole) < len(found):
+        card.odd.append(f'the picture holds {len(found)} characters, of which {len(whole)} can be read: the one that '
+                        f'says most is taken')
     card.picture = b
     return card
 
@@ -334,11 +388,11 @@ def persona(self:Card, user:str='User', lore:dict|None=None, # from `found_lore`
              add('Scenario: ', 'scenario'), *lore.get('after_char', ())]
     return '\n'.join(filter(None, parts))
 
-# %% ../nbs/data/cards.ipynb #07a00029
+# %% ../nbs/data/cards.ipynb #5048cb4b
 @patch
 def dialogues(self:Card, user:str='User', rng=random) -> list[list[tuple[str,str]]]: # conversations of (role, text)
     "The example dialogues, turn by turn."
-    who = {n.casefold(): r for r, ns in (('user', ('{{user}}', '<user>', user)), ('assistant', (
+    who = {n.casefold(): r for r, ns in (('user', ('{{user}}', '<user>', 'you', user)), ('assistant', (
         '{{char}}', '<bot>', '<char>', self.data['name'], self.speaker()))) for n in ns}
     begins = re.compile(rf'\s*({"|".join(map(re.escape, sorted(who, key=len, reverse=True)))})\s*[:：]\s*(.*)', re.I)
     out = []
@@ -481,7 +535,7 @@ def found_lore(self:Card, messages:list[str], user:str='User', # what was said, 
                              []).append(text)
     return out
 
-# %% ../nbs/data/cards.ipynb #ca4d0002
+# %% ../nbs/data/cards.ipynb #1501f999
 def file_name(card:Card) -> str:
     "A name for its file."
     return re.sub(r'[^\w-]+', '-', card.data['name'].casefold()).strip('-')[:60] or 'card'
@@ -497,4 +551,5 @@ def summary(self:Card, user:str='User') -> list[str]: # lines
     if hello := self.greetings(user, rng): out += ['', f'How it begins ({len(hello)}):', hello[0]]
     out += ['', f'{len(self.dialogues(user))} example dialogues, {len(book)} entries of lore, {len(self.files)} files '
                 f'beside it']
+    out += ['', *self.odd] if self.odd else []
     return out + (['', 'For people:', notes] if notes else [])

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np
 from .core import *
-from .rows import expand
+from .shapes import expand
 from .data import ensure_data, load_split
 from .cleaning import jaccard, languages, ngrams, normal, script, spoken_name
 from .cards import Card, card_of

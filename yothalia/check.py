@@ -13,8 +13,10 @@ from operator import itemgetter
 import numpy as np
 from .core import *
 from .models import EMBEDDED, arithmetic, cache_dir, parameters
-from .rows import DataError
-from .data import DataConfig, label_and_split, read_source
+from .files import DataError
+from .data import DataConfig, labelled, read_source
+from .privacy import in_words, private_rows
+from .splitting import made_of, split_rows
 from .questions import TRACKS, make_questions
 
 # %% ../nbs/run/check.ipynb #e46622fb
@@ -23,20 +25,26 @@ def _most(counts:Counter, n:int=5) -> str:
     return ', '.join(f'{k} ({v:,})' for k, v in counts.most_common(n)) + (f' and {len(counts)-n:,} others'
         if len(counts) > n else '')
 
-def contents(done:dict # from `label_and_split`
+def _parts(done:dict) -> str:
+    "How the rows are split, or why they can't be."
+    names = {'train': 'to train', 'valid': 'held out', 'test': 'to test'}
+    if 'test' not in done: return done['no split']
+    return '; '.join(f'{len(done[p]):,} {name} ({made_of(done[p])})' for p, name in names.items())
+
+def contents(done:dict # from `looked_at`
             ) -> dict[str,str]: # what → in words
     "What the rows are."
-    parts = {'train': 'to train', 'valid': 'held out', 'test': 'to test'}
-    rows = [r for p in parts for r in done[p]]
+    rows = [r for p in ('train', 'valid', 'test') for r in done.get(p, ())] or done['rows']
     low, median, high = np.percentile([len(r['reply']) for r in rows], [5, 50, 95]).astype(int)
     why = Counter(re.sub(r' of line \d+', '', j.reason) for j in done['rejects'])
     kept = f"{len(rows):,} of {len(rows)+len(done['rejects']):,}"
-    return {'rows': f'{kept}, left out: {_most(why)}' if why else kept,
+    return {'read as': '; '.join(done['report']['read_as']) or 'rows',
+            'rows': f'{kept}, left out: {_most(why)}' if why else kept,
             'characters': _most(Counter(map(itemgetter('character'), rows))),
             'languages': _most(Counter(map(itemgetter('lang'), rows))),
             'personas': _personas(rows), 'earlier turns': _turns(rows),
             'replies': f'{median:,} characters in the median, 90 of 100 between {low:,} and {high:,}',
-            'split': ', '.join(f'{len(done[p]):,} {name}' for p, name in parts.items())}
+            'private': _private(rows, done['report']['masked']), 'split': _parts(done)}
 
 # %% ../nbs/run/check.ipynb #171b1a66
 def _personas(rows:list[dict]) -> str:
@@ -45,6 +53,12 @@ def _personas(rows:list[dict]) -> str:
     if n == len(rows): return 'every row has one'
     if n: return f'{n:,} rows have one'
     return 'none: the conditions prompt and both are left out (give one by persona=…)'
+
+def _private(rows:list[dict], masked:dict) -> str:
+    "What private there is, and what was done about it, in words."
+    if masked: return 'replaced: ' + ', '.join(f'{k} {n:,}' for k, n in masked.items())
+    found = private_rows(rows)
+    return in_words(found) + ('. Replace them by mask=true; names need a list, names=FILE' if found else '')
 
 def _turns(rows:list[dict]) -> str:
     "How many rows have earlier turns, in words."
@@ -116,28 +130,38 @@ def cost(done:dict, model:str=EMBEDDED, epochs:float=1) -> str:
 
 # %% ../nbs/run/check.ipynb #9cc890ed
 def looked_at(cfg:DataConfig) -> dict: # as from `label_and_split`
-    "Rows of a file, labelled and split; nothing is written."
-    return label_and_split(*read_source(cfg.data, cfg.encoding, cfg.character, cfg.persona, cfg.columns), cfg)
+    "Rows of a file, labelled and split, or the reason why they can't be; nothing is written."
+    done = labelled(read_source(cfg), cfg)
+    try: return split_rows(done['rows'], cfg.valid_share, cfg.test_share, cfg.split_by, cfg.near, cfg.seed) | done
+    except DataError as e: return done | {'no split': str(e)}
 
 def _say(console, what:str, text:str):
     console.print(f'  {what:16s}{text}', markup=False, highlight=False, soft_wrap=True)
 
+def _left_out(rejects:list, console):
+    "The first of each kind that was left out."
+    first = {}
+    for j in rejects: first.setdefault(re.sub(r' of line \d+', '', j.reason), j)
+    some = '; '.join(f'line {j.line}, {j.reason}' for j in list(first.values())[:8])
+    if some: console.print(f'\nLeft out, the first of each kind: {some}', markup=False, highlight=False, soft_wrap=True)
+
+# %% ../nbs/run/check.ipynb #b87ffd94
 def full_check(cfg:DataConfig, model:str, console):
     "Print what a file holds, what can be asked, and what it costs."
     done = looked_at(cfg)
     console.print(cfg.data, style='bold', markup=False, highlight=False)
     for what, text in contents(done).items(): _say(console, what, text)
+    _left_out(done['rejects'], console)
+    if 'test' not in done: return
     console.print('\n[bold]Questions from the test rows[/]')
     for t, text in track_lines(possible_questions(done['test'])).items(): _say(console, t, f'{TRACKS[t].asks} {text}')
     console.print('\n[bold]Cost[/]')
     _say(console, model, cost(done, model))
-    if done['rejects']:
-        console.print(f"\nThe first that were left out: " + '; '.join(f'line {j.line}, {j.reason}'
-            for j in done['rejects'][:5]), markup=False, highlight=False, soft_wrap=True)
 
 def short_check(cfg:DataConfig, console):
     "Print the short form."
     console.print(f'Looking at {cfg.data}, before anything runs', style='dim', markup=False)
     said = contents(looked_at(cfg))
-    for what in ('rows', 'characters', 'languages', 'personas', 'split'): _say(console, what, said[what])
+    for what in ('read as', 'rows', 'characters', 'languages', 'personas', 'private', 'split'): _say(console, what,
+            said[what])
     console.print()

@@ -399,11 +399,11 @@ def fetch(recipe: Recipe='', parameter: Parameters=[]):
         for m in sorted({c.model for c in planned.values() if hasattr(c, 'model')} | {EMBEDDED}):
             fetch_model(m)
             console.print(f'model {m}  there', highlight=False)
-        data = planned['01_data'].data if '01_data' in planned else 'sample'
-        if data in SHIPPED or rooted(data).exists(): return
+        cfg = planned.get('01_data')
+        if cfg is None or cfg.data in SHIPPED or rooted(cfg.data).exists(): return
         from yothalia.data import read_source
-        read_source(data)
-        console.print(f'data {data}  there', highlight=False)
+        read_source(cfg)
+        console.print(f'data {cfg.data}  there', highlight=False)
 
 @app.command()
 def site():

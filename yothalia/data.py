@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'OURS', 'DEMO', 'DataConfig', 'split_prompt', 'simplified', 'read_hub', 'lesson_data', 'read_source',
-           'label_and_split', 'prepare', 'load_split', 'no_rows', 'ensure_data', 'data_hash', 'personas', 'split_kind']
+           'labelled', 'label_and_split', 'prepare', 'load_split', 'no_rows', 'ensure_data', 'data_hash', 'personas',
+           'split_kind']
 
 # %% ../nbs/01_data.ipynb #14844b21
 from dataclasses import asdict
@@ -14,15 +15,20 @@ import pandas as pd
 from datasets import Dataset
 from filelock import FileLock
 from .core import *
+from .files import DataError
+from .shapes import FIELDS
 from .rows import *
 from .rows import some_left
 from .cleaning import *
+from .privacy import Mask, masked_rows, read_names
 from .splitting import *
 
 # %% ../nbs/01_data.ipynb #ef382855
 class DataConfig(RowsConfig):
     "Parameters of this room."
     out: str = '_runs/demo'
+    mask: bool = False
+    names: str = ''
     simplify: bool = False
     max_rows: int = Field(0, ge=0)
     near: float = Field(0.8, ge=0.3, le=1)
@@ -52,8 +58,8 @@ SOURCES = {'eng_roleplay': ('iamketan25/roleplay-instructions-dataset', split_pr
 
 # %% ../nbs/01_data.ipynb #80f7d1e5
 def read_hub(name:str, # a name in `SOURCES`, or 'hub:owner/name'
-             character:str='', persona:str='', columns:dict={}) -> tuple[list[dict], list[Reject]]:
-    "Rows and rejects of a data set of the hub, all its splits."
+             cfg:RowsConfig) -> Reading:
+    "What a data set of the hub holds, all its splits."
     from datasets import load_dataset
     place, step = SOURCES.get(name) or (name.removeprefix('hub:'), lambda o: o)
     try: splits = load_dataset(place)
@@ -61,10 +67,10 @@ def read_hub(name:str, # a name in `SOURCES`, or 'hub:owner/name'
         raise DataError(f'The data set {place} could not be read from the hub ({type(e).__name__}): is it reachable, '
                         f'is the name right, does it need HF_TOKEN?') from e
     items = enumerate((step(dict(o)) for s in splits.values() for o in s), 1)
-    rows, rejects = some_left(*to_rows(items, name, character, columns), name)
-    own = persona_text(persona)
-    return [r | dict(instruction=r['instruction'] or own, character=r['character'] or character or None)
-            for r in rows], rejects
+    got = to_rows(items, name, cfg.character, cfg.columns, cfg.pause)
+    own = persona_text(cfg.persona)
+    return Reading([r | dict(instruction=r['instruction'] or own, character=r['character'] or cfg.character or None)
+                    for r in some_left(got.rows, got.rejects, name)[0]], got.rejects, got.notes)
 
 # %% ../nbs/01_data.ipynb #f527b763
 def lesson_data() -> list[dict]:
@@ -80,35 +86,45 @@ def lesson_data() -> list[dict]:
 
 OURS = dict(zip(SHIPPED, (sample_rows, lesson_data)))
 
-def read_source(data:str, # 'sample', 'lesson', a name in `SOURCES`, 'hub:owner/name', or a file
-                encoding:str='utf-8', character:str='', persona:str='', columns:dict={}
-               ) -> tuple[list[dict], list[Reject]]:
+def read_source(cfg:RowsConfig # its `data`: 'sample', 'lesson', a name in `SOURCES`, 'hub:owner/name', or a file
+               ) -> Reading:
     "Rows and rejects of whatever `data` names."
-    if data in OURS: return only(OURS[data](), character, f'the {data}'), []
-    if data in SOURCES or data.startswith('hub:'): return read_hub(data, character, persona, columns)
-    return read_rows(rooted(data), encoding, character, persona, columns)
+    data = cfg.data
+    if data in OURS: return Reading(only(OURS[data](), cfg.character, f'the {data}'), [])
+    if data in SOURCES or data.startswith('hub:'): return read_hub(data, cfg)
+    return read_rows(rooted(data), cfg.encoding, cfg.character, cfg.persona, cfg.columns, cfg.pause)
 
 # %% ../nbs/01_data.ipynb #8ec849a5
-def label_and_split(rows:list[dict], rejects:list[Reject], # from `read_source`
-                    cfg:DataConfig) -> dict: # split name → rows, and 'report', 'rejects'
-    "Clean, label and split rows; nothing is written."
-    n_read = len(rows)
+def labelled(read:Reading, # from `read_source`
+             cfg:DataConfig) -> dict: # 'rows', 'report', 'rejects'
+    "Clean rows, without duplicates, and with their labels; with stand-ins if `cfg` wants them."
     steps = CLEANING | ({'simplified Chinese': simplified} if cfg.simplify else {})
-    rows, more, changed = clean_rows(rows[:cfg.max_rows or None], steps)
+    rows, more, changed = clean_rows(read.rows[:cfg.max_rows or None], steps)
     rows, twins = drop_duplicates(rows, cfg.near)
-    rejects = rejects + more + twins
+    rejects = read.rejects + more + twins
     rows = cut_scenes(some_left(label_rows(rows), rejects, cfg.data)[0])
-    parts = split_rows(rows, cfg.valid_share, cfg.test_share, cfg.split_by, cfg.near, cfg.seed)
-    return parts | dict(report=dict(read=n_read, changed=changed, kept=len(rows)), rejects=rejects)
+    if cfg.mask: rows = masked_rows(rows, mask := Mask(read_names(cfg.names) if cfg.names else {}))
+    report = dict(read=len(read.rows), read_as=read.notes, changed=changed, kept=len(rows),
+                  masked=dict(mask.counts) if cfg.mask else {})
+    return dict(rows=rows, report=report, rejects=rejects)
 
+def label_and_split(read:Reading, cfg:DataConfig) -> dict: # split name → rows, and 'report', 'rejects'
+    "Clean, label and split rows; nothing is written."
+    done = labelled(read, cfg)
+    parts = split_rows(done.pop('rows'), cfg.valid_share, cfg.test_share, cfg.split_by, cfg.near, cfg.seed)
+    return parts | done
+
+# %% ../nbs/01_data.ipynb #c369b60f
 def prepare(cfg:DataConfig # checked parameters
            ) -> dict: # split name → rows, and 'report', 'rejects'
     "Read, clean, label and split the rows that `cfg` names, and write them under its `out`."
-    done = label_and_split(*read_source(cfg.data, cfg.encoding, cfg.character, cfg.persona, cfg.columns), cfg)
+    done = label_and_split(read_source(cfg), cfg)
     folder = rooted(cfg.out)/'data'
     for name in ('train', 'valid', 'test'): write_jsonl(folder/f'{name}.jsonl',
                                                         ({f: r[f] for f in FIELDS} for r in done[name]))
     write_jsonl(folder/'rejects.jsonl', map(asdict, done['rejects']))
+    if pairs := [{f: r.get(f) for f in (*FIELDS, 'rejected')} for r in done['train'] if r.get('rejected')]:
+        write_jsonl(folder/'pairs.jsonl', pairs)
     return done
 
 # %% ../nbs/01_data.ipynb #addeeddc

@@ -16,7 +16,7 @@ from pathlib import Path
 from .core import *
 from .models import *
 import pandas as pd, yaml
-from .rows import DataError
+from .files import DataError
 from .data import load_split, split_kind
 from .prompts import *
 from .runs import *

@@ -13,7 +13,7 @@ from .core import * # before peft, which would have bitsandbytes complain
 from .models import *
 import numpy as np
 from datasets import Dataset
-from .rows import DataError
+from .files import DataError
 from .packing import example_nll
 from .prompts import *
 from .runs import *

@@ -17,7 +17,7 @@ import numpy as np, yaml
 from pydantic import AfterValidator, PrivateAttr, field_validator
 from .core import *
 from .models import *
-from .rows import DataError
+from .files import DataError
 
 # %% ../nbs/data/prompts.ipynb #72ba98de
 class PromptsConfig(Config):

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from scipy import sparse
 from .core import *
-from .rows import DataError
+from .files import DataError
 from .splitting import crossed
 from .cleaning import near_pairs, normal, spoken_name
 from .rows import sample_rows

@@ -13,7 +13,7 @@ from pathlib import Path
 from fastcore.basics import patch
 from .core import *
 from .models import *
-from .rows import DataError
+from .files import DataError
 from .data import DEMO, DataConfig, data_hash, load_split, no_rows, personas, prepare, split_kind
 from .prompts import *
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from .core import *
 from .models import *
-from .rows import DataError
+from .files import DataError
 from .splitting import crossed
 from .data import ensure_data, load_split
 from .prompts import BARE

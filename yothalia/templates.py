@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from .core import *
 from .models import *
-from .rows import DataError
+from .files import DataError
 from .data import data_hash
 from .prompts import *
 from .runs import *
