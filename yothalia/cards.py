@@ -87,7 +87,7 @@ def _checked(data:dict, name:str) -> tuple[dict, list[str]]: # the fields, and w
             shown = 'a lorebook' if k == 'character_book' else repr(new)[:60]
             odd.append(f'{k} was written in an unusual way and is read as {shown}' if new
                        else f'{k} says nothing readable and is left out')
-        if new is not None: out[k] = new
+        if new is not None or k not in looked: out[k] = new
     if not out.get('name', '').strip(): raise CardError(f'{name}: the character has no name.')
     return out, odd
 

@@ -133,7 +133,7 @@ def clean_rows(rows:list[dict], # from `read_source`
     changed, out, rejects = dict.fromkeys(['mended instruction', 'placeholders', *steps], 0), [], []
     for old in rows:
         r = filled(old)
-        changed['placeholders'] += r is not old
+        changed['placeholders'] += r != old
         new = r | {f: clean(r[f])[0] for f in ('instruction', 'user', 'reply') if r[f]}
         for name in {n for f in ('instruction', 'user', 'reply') if r[f] for n in clean(r[f])[1]}: changed[name] += 1
         if r['history']: new['history'] = [t | dict(text=clean(t['text'])[0]) for t in r['history']]

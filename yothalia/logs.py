@@ -26,6 +26,7 @@ _QUOTED = re.compile(r'^\s*(?:>[^\n]*(?:\n|$))+|^\s*「[^」]{1,300}」\s*\n\s*(
 def speech(text:str) -> tuple[str, str]: # what is said, and if nothing is, why
     "A message without what nobody said: placeholders, the word that it was edited, quotes of an earlier one."
     text = _EDITED.sub('', text.strip())
+    if '\n' in text and text[0] == text[-1] == '"': text = text[1:-1].strip()  # LINE puts several lines in quotes
     if _NOTHING.fullmatch(text): return '', 'no text (a picture, a sticker, a call, a deleted message)'
     if m := _QUOTED.match(text):
         return (text[m.end():].strip(), '' if text[m.end():].strip() else 'only a quote of an earlier message')
@@ -164,8 +165,7 @@ def _cai(root, pause): # Character.AI
 def _agnai(root, pause):
     hello = [dict(role='assistant', content=root['greeting'])] if root.get('greeting') else []
     turns = [dict(role='user' if m.get('userId') else 'assistant', content=m.get('msg')) for m in root['messages']]
-    return [dict(messages=turns if turns and hello and turns[0]['content'] == hello[0]['content'] else hello + turns,
-                 name=root.get('name') if isinstance(root.get('name'), str) else None)]
+    return [dict(messages=turns if turns and hello and turns[0]['content'] == hello[0]['content'] else hello + turns)]
 
 def _risu(root, pause):
     return [dict(messages=[dict(role=m.get('role'), content=m.get('data')) for m in root['data']['message']])]
@@ -289,7 +289,9 @@ def _instant(day:tuple|None, m) -> float|None:
     except (ValueError, OverflowError, OSError): return None
 
 # %% ../nbs/data/logs.ipynb #c19551ad
-def day_first(stamps:list) -> tuple[bool, str]: # matches of dates with three numbers; and how it is known
+def day_first(stamps:list, # matches of dates with three numbers
+              half:bool=False # whether the clock has twelve hours
+             ) -> tuple[bool, str]: # and how it is known
     "Whether the day stands before the month."
     numbers = [m for m in stamps if m and m['a'] and int(m['a']) < 32]
     if not numbers: return True, ''
@@ -298,7 +300,7 @@ def day_first(stamps:list) -> tuple[bool, str]: # matches of dates with three nu
     def back(f): return sum(_day(a, f) > _day(b, f) for a, b in zip(numbers, numbers[1:]))
     wrong = {f: back(f) for f in (True, False)}
     if wrong[True] != wrong[False]: return wrong[True] < wrong[False], 'since time goes forward then'
-    half = any(m.groupdict().get('pm') for m in numbers)
+    half = half or any(m.groupdict().get('pm') for m in numbers)
     return not half, 'by its clock of twelve hours' if half else 'which nothing in it contradicts'
 
 # %% ../nbs/data/logs.ipynb #a900392c
@@ -312,7 +314,8 @@ def stamped_chats(lines:list[str], kind:str, # of `STAMPS`
                   pause:float=0) -> Chats:
     "The chat of a log whose messages begin with a time."
     read = [_read(l.translate(_UNSEEN), STAMPS[kind]) for l in lines]
-    first, how = day_first([m for _, m in read if m and 'a' in m.groupdict()])
+    first, how = day_first([m for _, m in read if m and 'a' in m.groupdict()],
+                           any(m['pm'] for what, m in read if what == 'message'))
     said, loose, today, open_ = [], [], None, False
     for i, (l, (what, m)) in enumerate(zip(lines, read), 1):
         if what == 'day': today = _day(m, first)
@@ -365,12 +368,13 @@ def _messages(items, found:dict) -> tuple[list, list]:
     for i, m in every:
         kind = str(m.get('kind') or '')
         if kinds and kind.lower() not in _TEXT_KINDS: loose.append((i, f'no text ({kind})'))
+        elif not m['who']: loose.append((i, 'nobody is named who says it'))
         else: rows.append((i, m))
     return rows, loose
 
 def _named(rows:list) -> list[str]:
     "Who says each message; where every row names the chat's partner, the others are mine."
-    names = [str(m['who'] or 'unnamed') for _, m in rows]
+    names = [str(m['who']) for _, m in rows]
     if len(set(names)) > 1 or not rows or 'mine' not in rows[0][1]: return names
     return ['me' if str(m['mine']).lower() in ('1', 'true') else n for n, (_, m) in zip(names, rows)]
 

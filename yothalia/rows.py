@@ -171,7 +171,7 @@ def cast(found:Counter, # speaker → messages
 def chat_rows(chats:Chats, who:str, source:str) -> Iterator[tuple[int, dict|str]]: # line, row or reason
     "Rows of a log: every reply of the character, with the turns before it."
     def own(name): return name.casefold() == who.casefold()
-    for n, scene in enumerate(chats.scenes, 1):
+    for n, scene in enumerate(filter(None, chats.scenes), 1):
         others = {s for s, *_ in scene if not own(s)}
         turns = [Turn('assistant' if own(s) else 'user', t if own(s) or len(others) < 2 else f'{s}: {t}', i, *mark)
                  for s, t, i, *mark in scene]

@@ -21,8 +21,10 @@ _ASIDE = r"(?:\s*[(\[（【][^)\]）】]*[)\]）】])"
 MANNERS = {
     'a name and a colon': rf'[\s*_>-]*(?:[\[(]?\d{{1,2}}:\d{{2}}(?::\d{{2}})?[\])]?\s*)?(?P<who>{_NAME})[\s*_]*'
                           rf'{_ASIDE}?\s*[:：](?!//)[\s*_]*(?P<said>.*)',
+    'a name in angles': r'[\s*_-]*(?:[\[(]?\d{1,2}:\d{2}(?::\d{2})?[\])]?\s*)?<(?P<who>[^<>\n/]{1,40})>\s+(?P<said>.+)',
     'a name before a bracket': rf'[\s*_>-]*(?P<who>{_NAME})\s*(?P<said>[「『].+)',
     'a name and a full stop': rf'\s*_?(?P<who>{_CAPS})_?{_ASIDE}?\.(?:[—–-]+)?_?(?P<said>(?:\s.*)?)',
+    'a name in small letters and a full stop': r"\s*_?(?P<who>[A-Z][\w’']+(?: [A-Z][\w’']+)?)_?\.\s+(?P<said>\S.*)",
     'a name alone on its line': rf'\s*@?(?P<who>{_CAPS})(?P<more>{_ASIDE}*)\s*\^?(?P<said>)'}
 
 # %% ../nbs/data/scripts.ipynb #7cf8fdad
@@ -45,7 +47,7 @@ def _stands(lines:list[str], manner:str) -> list[tuple[str, tuple]]:
         first, beside = i == 0 or not lines[i-1].strip(), bool(m['said'].strip())
         follows = i+1 < len(lines) and bool(lines[i+1].strip())
         if 'alone' in manner and not (first and follows): continue
-        if 'stop' in manner and not (beside or first and follows): continue
+        if 'full stop' in manner and not (beside or first and follows): continue
         out.append((_name(m), (first, beside)))
     return out
 
@@ -55,8 +57,9 @@ def _names(lines:list[str], manner:str) -> set[str]:
     found = Counter(n for n, _ in stands)
     def short(n, most): return bool(n) and len(n.split()) <= most and not n[0].islower() and not (n.endswith('.')
             and len(n) < 3)
-    back = {n for n, k in found.items() if k > 1 and short(n, 4)}
-    if 'colon' not in manner and 'bracket' not in manner: return back
+    back = {n for n, k in found.items() if k > 1 + ('small' in manner) and short(n, 4)}
+    if 'small' in manner and sum(found[n] for n in back) < .3*sum(bool(l.strip()) for l in lines): return set()
+    if 'small' in manner or 'alone' in manner: return back
     places = Counter(p for n, p in stands if n in back)
     return back | {n for n, p in stands if short(n, 2) and (not back or places[p] > .2*places.total())}
 
@@ -98,7 +101,7 @@ def without_directions(text:str) -> tuple[str, int]: # the speech, and how many 
     "A speech without stage directions."
     n = 0
     for pattern in (r'\[[^\]]{1,300}\]', r'_\[[^\]]{1,300}\]_', r'^\s*_?[(（][^)）]{1,200}[)）]_?',
-                    r'\n\s*[(（][^)）]{1,200}[)）](?=\n|$)'):
+                    r'\n\s*[(（][^)）]{1,200}[)）](?=\n|$)', r'\s*[(（][A-Z][^)）]{1,200}\.[)）]'):
         text, k = re.subn(pattern, '', text)
         n += k
     return re.sub(r'[^\S\n]{2,}', ' ', re.sub(r'\n\s*\n+', '\n', text)).strip(), n
@@ -167,7 +170,7 @@ _CUE = re.compile(r'(?:(\d+):)?(\d{1,2}):(\d{2})[.,](\d{1,3})\s*-->\s*(?:(\d+):)
 def is_subtitles(text:str) -> bool:
     "Whether a text is made of subtitles."
     head = text[:5000]
-    return head.lstrip().startswith(('WEBVTT', '[Script Info]')) or any(map(_CUE.fullmatch,
+    return head.lstrip().startswith(('WEBVTT', '[Script Info]', '[Events]')) or any(map(_CUE.fullmatch,
             map(str.strip, head.split('\n'))))
 
 def _cues(text:str): # yields (start, end in s, line, text)
@@ -243,7 +246,8 @@ def _divided(said, loose) -> Chats:
     return _finished([s for s in scenes if s], loose, f'a silence of {QUIET:.0f} seconds ends a scene')
 
 # %% ../nbs/data/scripts.ipynb #1564693c
-_QUOTES = re.compile(r'“[^”]{2,}”|「[^」]{2,}」|『[^』]{2,}』|„[^“]{2,}“|»[^«]{2,}«|«[^»]{2,}»|(?<!\w)"[^"\n]{2,}"(?!\w)')
+_QUOTES = re.compile(r'“[^”]{2,}”|「[^」]{2,}」|『[^』]{2,}』|„[^“]{2,}“|»[^«]{2,}«|«[^»]{2,}»|(?<!\w)"[^"\n]{2,}"(?!\w)'
+                     r"|(?:^|\s)[‘'][A-Z][^’'\n]{2,}[,.!?]?[’'](?!\w)")
 _TOLD = re.compile(r'(?:道|说|說|问|問|答|喊|叫|笑|声|回|曰|言|said|asked|replied|cried|answered|whispered|sagte|fragte|dit|demanda)'
                    r'\s*[，,]?\s*[:：]\s*[“「『"‘]', re.I)
 

@@ -131,6 +131,7 @@ def _speaker(t:dict, who:str) -> str: # 'user', 'assistant', 'system', 'tool', '
     for k in ('is_human', 'is_user', 'userid'):
         if k in t: return 'user' if t[k] else 'assistant'
     said = next((str(t[k]) for k in _WHO if t.get(k)), '')
+    if not said and str(t.get('type')).lower() in ROLES: said = str(t['type'])
     if who and said.casefold() == who.casefold(): return 'assistant'
     return ROLES.get(said.lower(), said)
 
@@ -379,6 +380,8 @@ def _talk(o, scene, names):
     more = o['session_meta'] if isinstance(o.get('session_meta'), dict) else {}
     return conversation(o | more, next(o[k] for k in TALK.split('|') if o.get(k) is not None), scene)
 
+def _titled(o, scene, names): return conversation({}, o['chat_messages'], scene) # its name is a title
+
 def _asked(o, scene, names):
     "A prompt and its completion: what is asked is context, the completion is learned."
     ask, answer = _as_turns(o['prompt'], 'user'), _as_turns(o['completion'], 'assistant')
@@ -392,6 +395,7 @@ def _asked(o, scene, names):
 SHAPES = (
     Shape('preference pairs', ('chosen|chosen_messages|preferred_output',), pair),
     Shape('preference pairs of ms-swift', ('rejected_response|rejected_messages', 'response|messages'), pair),
+    Shape('a Claude export', ('chat_messages',), _titled),
     Shape('XTuner conversations', (TALK,), _talk, ('input', 'output')),
     Shape('ShareGPT conversations', (TALK,), _talk, ('from', 'value|content')),
     Shape('OpenAI messages', (TALK,), _talk, ('role', 'content')),
@@ -442,25 +446,30 @@ def _nearest_shape(columns) -> str:
 def _headless(columns:list[str], source:str, header:list) -> str: # empty if a column is known, or nearly
     "What to say of a table whose first line names nothing."
     if any(c in s or nearest(c, s) for c in columns for s in SPELLINGS.values()): return ''
-    some = ', '.join(f'{i}: {h[:40]!r}' for i, h in enumerate(header, 1))
+    some = ', '.join(f'{i}: {h[:40]!r}' for i, h in enumerate(header[:12], 1))
     return (f'{source} line 1 has no known name of a column; it reads {some}. Which column is which? Say it by their '
             f'names, columns={{user: NAME, reply: NAME}}, or, if that line is a row already, by their numbers, '
             f'columns={{user: 1, reply: 2}}.')
 
 # %% ../nbs/data/shapes.ipynb #8c7cd1ed
+def _list(names) -> str:
+    "Some names of columns."
+    some = ', '.join(str(n)[:40] for n in list(names)[:12])
+    return some + (' …' if len(names) > 12 else '') or 'none'
+
 def check_columns(columns:list[str], source:str, names:dict=SPELLINGS, header:list|None=None):
     "A `DataError` if a table with these columns cannot give lines and replies."
     if any(c <= set(columns) for c in _CHOICES):
-        raise DataError(f'{source} holds multiple-choice items (columns {", ".join(columns[:8])}): they ask what a '
+        raise DataError(f'{source} holds multiple-choice items (columns {_list(columns)}): they ask what a '
                         f'model knows, not how a character talks. '
                         'Bring rows with a line and the character\'s reply to it.')
-    double = next((c.partition('#')[0] for c in columns if re.search(r'#\d+$', c)), '')
+    double = next((c.partition('#')[0][:40] for c in columns if re.search(r'#\d+$', c)), '')
     if double: raise DataError(f'{source} line 1: the header names {double!r} twice; rename one of them.')
     if header and names is SPELLINGS and (says := _headless(columns, source, header)): raise DataError(says)
     for f in ('user', 'reply'):
         if set(names[f]) & set(columns): continue
         near = [n for c in columns for n in nearest(c, names[f])]
-        raise DataError(f'{source} line 1: no column for {f} among {", ".join(columns) or "none"}'
+        raise DataError(f'{source} line 1: no column for {f} among {_list(columns)}'
                         + (f'; is {near[0]!r} misspelt?' if near else '.') + _nearest_shape(columns)
                         + f' Name one of them {" or ".join(map(repr, names[f][:3]))}, or say columns={{{f}: …}}.')
 
@@ -478,7 +487,7 @@ def renamed(columns:dict, # field → the file's column, by its name or its numb
         if found and c not in found:
             near = nearest(c, found)
             raise DataError(f'{source} has no column {c!r}' + (f': did you mean {near[0]!r}?' if near
-                                                               else f': there are {", ".join(found)}.'))
+                                                               else f': there are {_list(found)}.'))
         own[f] = c
     return {f: (own[f],) if f in own else tuple(s for s in spelt if s not in own.values())
             for f, spelt in SPELLINGS.items()}
