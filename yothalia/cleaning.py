@@ -12,6 +12,7 @@ __all__ = ['CLEANING', 'strip_invisible', 'strip_emoji', 'strip_labels', 'strip_
 import functools, html, random, re, unicodedata
 from collections import Counter, defaultdict
 from itertools import combinations
+from operator import itemgetter
 from pathlib import Path
 import emoji, numpy as np, regex
 from .core import *
@@ -348,11 +349,13 @@ def same_person(names:list[str] # as personas tell them
 # %% ../nbs/data/cleaning.ipynb #d2b56f43
 def label_rows(rows:list[dict]) -> list[dict]:
     "Fill in language and character."
-    names, taken = {}, {}  # persona → name; beginning → persona → number
+    names, taken, usual = {}, {}, {}  # persona → name; beginning → persona → number; normal form → usual spelling
+    for n, _ in Counter(filter(None, map(itemgetter('character'), rows))).most_common():
+        usual.setdefault(normal(n) or n, n)
     spoken = {p: spoken_name(p) for p in {r['instruction'] or '' for r in rows if not r['character']}}
     joined = same_person(sorted(set(spoken.values()) - {''}))
     def name(r):
-        if r['character']: return r['character']
+        if r['character']: return usual[normal(r['character']) or r['character']]
         p = r['instruction'] or ''
         if p not in names: names[p] = new_name(r, normal(p))
         return names[p]

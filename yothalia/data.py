@@ -15,7 +15,7 @@ import pandas as pd
 from datasets import Dataset
 from filelock import FileLock
 from .core import *
-from .files import DataError
+from .files import DataError, as_item
 from .shapes import FIELDS
 from .rows import *
 from .rows import some_left
@@ -66,7 +66,7 @@ def read_hub(name:str, # a name in `SOURCES`, or 'hub:owner/name'
     except Exception as e:
         raise DataError(f'The data set {place} could not be read from the hub ({type(e).__name__}): is it reachable, '
                         f'is the name right, does it need HF_TOKEN?') from e
-    items = enumerate((step(dict(o)) for s in splits.values() for o in s), 1)
+    items = enumerate((as_item(step(dict(o))) for s in splits.values() for o in s), 1)
     got = to_rows(items, name, cfg.character, cfg.columns, cfg.pause)
     own = persona_text(cfg.persona)
     return Reading([r | dict(instruction=r['instruction'] or own, character=r['character'] or cfg.character or None)

@@ -310,12 +310,16 @@ def _read(line:str, s:Stamp) -> tuple: # its kind ('day', 'message', 'other', or
     if s.day and (m := re.fullmatch(s.day, line.strip())): return 'day', m
     return ('other' if s.other and re.fullmatch(s.other, line) else ''), None
 
+def _order(read:list) -> tuple[bool, str]:
+    "Whether the day stands first in the lines of a log, and how it is known."
+    return day_first([m for _, m in read if m and 'a' in m.groupdict()],
+                     any(m['pm'] for what, m in read if what == 'message'))
+
 def stamped_chats(lines:list[str], kind:str, # of `STAMPS`
                   pause:float=0) -> Chats:
     "The chat of a log whose messages begin with a time."
     read = [_read(l.translate(_UNSEEN), STAMPS[kind]) for l in lines]
-    first, how = day_first([m for _, m in read if m and 'a' in m.groupdict()],
-                           any(m['pm'] for what, m in read if what == 'message'))
+    first, how = _order(read)
     said, loose, today, open_ = [], [], None, False
     for i, (l, (what, m)) in enumerate(zip(lines, read), 1):
         if what == 'day': today = _day(m, first)

@@ -251,7 +251,7 @@ def to_rows(items, # (line, item) pairs from `read_items`, or a data set's items
     for k, c in enumerate(logs):
         for line, r in chat_rows(c, who, f'{source}#{k}' if several and k else source): take(line, r)
     notes = [n for c in logs for n in c.notes]
-    if set(read_as) - {ROW.name} and not notes: notes = [f'{name} ({n:,})' for name, n in read_as.most_common()]
+    if not notes: notes = [f'{name} ({n:,})' for name, n in read_as.most_common()]
     got.notes = list(dict.fromkeys(notes))
     return got
 

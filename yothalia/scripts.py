@@ -51,17 +51,21 @@ def _stands(lines:list[str], manner:str) -> list[tuple[str, tuple]]:
         out.append((_name(m), (first, beside)))
     return out
 
+def _short(name:str, most:int) -> bool:
+    "Whether a name has few words, as names have."
+    return bool(name) and len(name.split()) <= most and not name[0].islower() and not re.fullmatch(r'.\.', name)
+
 def _names(lines:list[str], manner:str) -> set[str]:
     "Who speaks: who comes back, and in colons and brackets who stands once where those stand who come back."
     stands = _stands(lines, manner)
     found = Counter(n for n, _ in stands)
-    def short(n, most): return bool(n) and len(n.split()) <= most and not n[0].islower() and not (n.endswith('.')
-            and len(n) < 3)
-    back = {n for n, k in found.items() if k > 1 + ('small' in manner) and short(n, 4)}
-    if 'small' in manner and sum(found[n] for n in back) < .3*sum(bool(l.strip()) for l in lines): return set()
-    if 'small' in manner or 'alone' in manner: return back
+    back = {n for n, k in found.items() if k > 1 and _short(n, 4)}
+    if 'small' in manner:  # a sentence begins so, too: they must be many, and come back often
+        back = {n for n in back if found[n] > 2 and not n.isupper()}
+        return back if sum(found[n] for n in back) > .3*sum(map(bool, map(str.strip, lines))) else set()
+    if 'alone' in manner: return back
     places = Counter(p for n, p in stands if n in back)
-    return back | {n for n, p in stands if short(n, 2) and (not back or places[p] > .2*places.total())}
+    return back | {n for n, p in stands if _short(n, 2) and (not back or places[p] > .2*places.total())}
 
 # %% ../nbs/data/scripts.ipynb #749cdee2
 def manner_of(lines:list[str]) -> tuple[str, set[str]]: # the manner and the names; empty if nobody speaks

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FIELDS', 'MAX_FIELD', 'MARKS', 'MAX_TURNS', 'CONTEXT', 'SPELLINGS', 'ROLES', 'RENDERED', 'TALK', 'SHAPES', 'ROW',
            'ALPACA', 'unfit_text', 'bad', 'marked_bad', 'Turn', 'merged', 'exchanges', 'flat', 'plain', 'turns_of',
-           'Chats', 'conversation', 'rendered', 'pair', 'is_alpaca', 'history_of', 'table_row', 'alpaca_row', 'Shape',
+           'Chats', 'conversation', 'turns_in', 'pair', 'is_alpaca', 'history_of', 'table_row', 'alpaca_row', 'Shape',
            'shape_of', 'expand', 'check_columns', 'renamed']
 
 # %% ../nbs/data/shapes.ipynb #ac8f7407
@@ -226,7 +226,7 @@ _RENDERED_ROLES = ROLES | {'[inst]': 'user', '[/inst]': 'assistant', 'instructio
                            '助手': 'assistant', '答': 'assistant', '回答': 'assistant', 'observation': 'tool'}
 
 # %% ../nbs/data/shapes.ipynb #50f358f5
-def rendered(text) -> tuple[str, list[Turn]]: # the template's name and the turns; empty where there are no marks
+def turns_in(text) -> tuple[str, list[Turn]]: # the template's name and the turns; empty where there are no marks
     "The turns of a chat that a template has made one text."
     if not isinstance(text, str) or len(text) > 10*MAX_FIELD: return '', []
     for name, mark in RENDERED.items():
@@ -245,7 +245,7 @@ def _as_turns(v, role:str) -> list[Turn]:
     "What stands for an answer or a prompt: a text, a rendered chat, a turn, or a list of turns."
     if isinstance(v, dict): v = v.get('messages') if isinstance(v.get('messages'), list) else [v]
     if isinstance(v, list): return [t for g in map(turns_of, v) if isinstance(g, list) for t in g]
-    return rendered(v)[1] or [Turn(role, v)]
+    return turns_in(v)[1] or [Turn(role, v)]
 
 def _first(o:dict, *keys): return next((o[k] for k in keys if o.get(k)), None)
 
@@ -351,7 +351,7 @@ def _tree(o, scene, names):
     return conversation({}, turns[::-1], str(o.get('title') or scene))
 
 def _text(o, scene, names):
-    return conversation(flat(o) | o, [dict(role=t.role, content=t.text) for t in rendered(o['text'])[1]], scene)
+    return conversation(flat(o) | o, [dict(role=t.role, content=t.text) for t in turns_in(o['text'])[1]], scene)
 
 # %% ../nbs/data/shapes.ipynb #a68fb723
 @dataclass(frozen=True)
@@ -415,7 +415,7 @@ ALPACA = Shape('Alpaca instructions', ('instruction', 'output'), alpaca_row)
 def shape_of(o:dict, names:dict=SPELLINGS) -> Shape|None:
     "The shape of an item; None if nothing fits."
     if names is not SPELLINGS: return ROW
-    found = next((s for s in SHAPES if s.fits(o) and (s.read is not _text or rendered(o['text'])[0])), None)
+    found = next((s for s in SHAPES if s.fits(o) and (s.read is not _text or turns_in(o['text'])[0])), None)
     if found: return found
     if is_alpaca(o): return ALPACA
     return ROW if all(any(k in o for k in names[f]) for f in ('user', 'reply')) else None
