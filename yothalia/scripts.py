@@ -55,14 +55,17 @@ def _short(name:str, most:int) -> bool:
     "Whether a name has few words, as names have."
     return bool(name) and len(name.split()) <= most and not name[0].islower() and not re.fullmatch(r'.\.', name)
 
+def _often(found:Counter, lines:list[str]) -> set[str]:
+    "Names in small letters before a full stop; a sentence begins so, too, so they must be many, and come back often."
+    some = {n for n, k in found.items() if k > 2 and _short(n, 4) and not n.isupper()}
+    return some if sum(map(found.get, some)) > .3*sum(map(bool, map(str.strip, lines))) else set()
+
 def _names(lines:list[str], manner:str) -> set[str]:
     "Who speaks: who comes back, and in colons and brackets who stands once where those stand who come back."
     stands = _stands(lines, manner)
     found = Counter(n for n, _ in stands)
+    if 'small' in manner: return _often(found, lines)
     back = {n for n, k in found.items() if k > 1 and _short(n, 4)}
-    if 'small' in manner:  # a sentence begins so, too: they must be many, and come back often
-        back = {n for n in back if found[n] > 2 and not n.isupper()}
-        return back if sum(found[n] for n in back) > .3*sum(map(bool, map(str.strip, lines))) else set()
     if 'alone' in manner: return back
     places = Counter(p for n, p in stands if n in back)
     return back | {n for n, p in stands if _short(n, 2) and (not back or places[p] > .2*places.total())}
