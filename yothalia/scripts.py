@@ -55,6 +55,7 @@ def _short(name:str, most:int) -> bool:
     "Whether a name has few words, as names have."
     return bool(name) and len(name.split()) <= most and not name[0].islower() and not re.fullmatch(r'.\.', name)
 
+# %% ../nbs/data/scripts.ipynb #8d0906ea
 def _often(found:Counter, lines:list[str]) -> set[str]:
     "Names in small letters before a full stop; a sentence begins so, too, so they must be many, and come back often."
     some = {n for n, k in found.items() if k > 2 and _short(n, 4) and not n.isupper()}
