@@ -9,7 +9,8 @@ from yothalia.sampling import Sampling, hear as heard_alone
 from yothalia.rows import sample_rows
 from yothalia.engine import Engine, Request
 from yothalia.models import load_model, load_tokenizer
-from yothalia.prompts import _ids, find_template, render
+from yothalia.prompts import find_template, render
+from yothalia.rendering import text_ids
 
 os.environ['YOTHALIA_PROGRESS'] = 'off'
 
@@ -30,7 +31,7 @@ def test_sixteen_clients_of_four_characters(lm, tok):
     "They come at random moments and want replies of different lengths, drawn with a seed; every reply is the one that its history gives alone, none is lost."
     made, who = random.Random(0), ('queen-of-hearts', 'brasswick', 'don-quixote', 'baba-yaga')
     rows = [made.choice([r for r in sample_rows() if r['character'] == who[k % 4]]) for k in range(16)]
-    prompts = [_ids(tok, render(r, tok)[0]) for r in rows]
+    prompts = [text_ids(tok, render(r, tok)[0]) for r in rows]
     hows = [Sampling(temperature=.7, top_p=.9, seed=k, max_tokens=made.randrange(2, 9)) for k in range(16)]
     engine, heard = Engine(lm, tok, places=6, waiting=16), {}
     def client(k):
@@ -51,7 +52,7 @@ def test_adapter_is_switched_for_each(tmp_path, tok):
     m = get_peft_model(load_model('smollm2-135m', 'fp32'), LoraConfig(task_type='CAUSAL_LM', target_modules='all-linear', r=4), autocast_adapter_dtype=False).eval()
     for n, p in m.named_parameters():
         if 'lora_B' in n: p.data.normal_(std=.3)
-    p, s = _ids(tok, render(next(r for r in sample_rows() if r['lang'] == 'en'), tok)[0]), Sampling(temperature=0., guard=0, max_tokens=8)
+    p, s = text_ids(tok, render(next(r for r in sample_rows() if r['lang'] == 'en'), tok)[0]), Sampling(temperature=0., guard=0, max_tokens=8)
     engine = Engine(m, tok, places=4)
     asked = [engine.ask(Request(p, replace(s), on=bool(k % 2))) for k in range(4)]
     heard = [''.join(r.pieces(120)) for r in asked]; engine.stop()
@@ -62,7 +63,7 @@ def test_adapter_is_switched_for_each(tmp_path, tok):
 def test_stopped_gently_and_full(lm, tok):
     "Who is being answered is finished, who waits is told, and a queue that is full says so at once."
     import queue
-    p = _ids(tok, 'Once upon a time')
+    p = text_ids(tok, 'Once upon a time')
     engine = Engine(lm, tok, places=1, waiting=2)
     first = engine.ask(Request(p, Sampling(temperature=0., max_tokens=12))); first.out.get(timeout=60)
     others = [engine.ask(Request(p, Sampling(max_tokens=4))) for _ in range(2)]

@@ -206,7 +206,8 @@ def test_another_engine_behind(tmp_path):
     from yothalia.sampling import Sampling, hear as heard_alone
     from yothalia.engine import Request
     from yothalia.models import load_model, load_tokenizer, resolve_model
-    from yothalia.prompts import _ids, render
+    from yothalia.prompts import render
+    from yothalia.rendering import text_ids
     place, port, tok = resolve_model('smollm2-135m'), free_port(), load_tokenizer('smollm2-135m')
     p = subprocess.Popen([str(Path(sys.executable).with_name('transformers')), 'serve', place, '--port', str(port), '--dtype', 'float32'], env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
@@ -216,10 +217,10 @@ def test_another_engine_behind(tmp_path):
         behind, own = Behind(tok, f'http://127.0.0.1:{port}/v1', place, places=2), Voice(load_model('smollm2-135m', 'fp32'), tok)
         rows = [next(r for r in sample_rows() if r['character'] == c) for c in CHARACTERS[:3]]
         how = Sampling(temperature=0., guard=0, max_tokens=8)
-        asked = [behind.ask(Request(_ids(tok, render(r, tok)[0]), Sampling(**vars(how)))) for r in rows]
+        asked = [behind.ask(Request(text_ids(tok, render(r, tok)[0]), Sampling(**vars(how)))) for r in rows]
         heard = [''.join(r.pieces(120)).strip() for r in asked]
         assert heard == [heard_alone(own, render(r, tok)[0], how).strip() for r in rows] and all(heard)
         assert {r.ended for r in asked} <= {'limit', 'turn'} and behind.takes_ids is False
     finally: p.terminate(); p.wait(30)
-    gone = behind.ask(Request(_ids(tok, 'Hello'), Sampling(max_tokens=4))); assert list(gone.pieces(60)) == [] and 'engine behind' in gone.ended
+    gone = behind.ask(Request(text_ids(tok, 'Hello'), Sampling(max_tokens=4))); assert list(gone.pieces(60)) == [] and 'engine behind' in gone.ended
     behind.stop()

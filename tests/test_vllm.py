@@ -42,7 +42,8 @@ def test_scores_and_replies(vllm):
     from yothalia.rows import sample_rows
     from yothalia.engine import Engine, Request
     from yothalia.models import load_model, load_tokenizer
-    from yothalia.prompts import PERSONA, _ids, render
+    from yothalia.prompts import PERSONA, render
+    from yothalia.rendering import text_ids
     from yothalia.questions import make_tracks
     from yothalia.scoring import score_items
     url, tok, lm = vllm(), load_tokenizer('smollm2-135m'), load_model('smollm2-135m', 'fp32')
@@ -54,7 +55,7 @@ def test_scores_and_replies(vllm):
     assert max(np.abs(np.array(own[k]) - np.array(theirs[k])).max() for k in own) < .005
     assert one.climb(qs[0]) == 'logprobs' and len(one.in_all_orders(qs[0], True)['letter']) == 5
     how = Sampling(temperature=0., guard=0, max_tokens=16)
-    prompts = [_ids(tok, render(r, tok)[0]) for r in rows[:4]]
+    prompts = [text_ids(tok, render(r, tok)[0]) for r in rows[:4]]
     def said(engine):
         asked = [engine.ask(Request(p, replace(how))) for p in prompts]
         out = [''.join(r.pieces(120)) for r in asked]; engine.stop(); return out
@@ -70,13 +71,14 @@ def test_adapter_by_name(vllm, tmp_path):
     from yothalia.rows import sample_rows
     from yothalia.engine import Engine, Request
     from yothalia.models import load_model, load_tokenizer
-    from yothalia.prompts import _ids, render
+    from yothalia.prompts import render
+    from yothalia.rendering import text_ids
     pm = random_adapters(['knight'])
     for n, p in pm.named_parameters():
         if 'lora_B' in n: p.data *= 10  # so that it is heard
     pm.save_pretrained(tmp_path)
     url, tok = vllm('--enable-lora', '--max-lora-rank', '8', '--lora-modules', f'knight={tmp_path/"knight"}'), load_tokenizer('smollm2-135m')
-    prompt, how = _ids(tok, render(sample_rows()[0], tok)[0]), Sampling(temperature=0., guard=0, max_tokens=12)
+    prompt, how = text_ids(tok, render(sample_rows()[0], tok)[0]), Sampling(temperature=0., guard=0, max_tokens=12)
     def said(engine):
         # one after the other: vLLM 0.32 on a CPU mixes up adapters that share a step
         out = [''.join(engine.ask(Request(prompt, replace(how), on=o)).pieces(120)) for o in ('knight', False)]; engine.stop(); return out

@@ -11,8 +11,9 @@ from fastcore.basics import patch
 from .core import *
 from .models import *
 from .prompts import *
+from .rendering import stop_ids
 from .runs import *
-from .decoding import Decoder
+from .decoding import decoder_of
 from .adapters import side_by_side
 from .sampling import *
 import torch
@@ -64,12 +65,11 @@ class Engine:
                  waiting:int=64 # tokens of a place; requests that may wait
                 ):
         self.model, self.tok, self.room = model, tok, room
-        ends = model.generation_config.eos_token_id
-        self.ends = set(ends if isinstance(ends, list) else [ends]) | {tok.eos_token_id}
+        self.ends = set(stop_ids(tok))
         self.waiting, self.stopping, self.steps, self.tokens = queue.Queue(waiting), threading.Event(), 0, 0
         self.adapters, many = side_by_side(model), hasattr(model, 'disable_adapter')
         # the seated, in the order of their places; one table for all, or one with the adapter and one without
-        self.tables = {on: (Decoder(model, places, room, on, self.adapters), [])
+        self.tables = {on: (decoder_of(model, places, room, on, self.adapters), [])
                        for on in ((True, False) if many and not self.adapters else (True,))}
         self.thread = threading.Thread(target=self.run, daemon=True, name='engine')
         self.thread.start()

@@ -37,7 +37,7 @@ class _LoraLinear(torch.autograd.Function):
 # %% ../nbs/lora/fused.ipynb #02b00009
 def _weight_of(layer): # a frozen linear layer
     "A function that gives its weight, (out, in), or None where it is not to be had."
-    w = layer.weight
+    w = getattr(layer, 'weight', None) # experts have none: their weights are parameters of three dimensions
     if type(layer) is torch.nn.Linear: return lambda: layer.weight  # it may be elsewhere in between
     if type(w).__name__ == 'Params4bit':
         from bitsandbytes.functional import dequantize_4bit
@@ -136,7 +136,8 @@ class _Frozen8:
 # %% ../nbs/lora/fused.ipynb #02b00f13
 def in_fp8(model): # a PeftModel with frozen weights in bf16
     "What `fuse` needs for products in fp8; a `ValueError` where the model or the device has none."
-    layers = [m.base_layer.weight for m in model.modules() if isinstance(m, LoraLayer)]
+    layers = [m.base_layer.weight for m in model.modules()
+              if isinstance(m, LoraLayer) and hasattr(m.base_layer, 'weight')]
     odd = next((w for w in layers if w.dtype != torch.bfloat16 or hasattr(w, 'to_local') or w.dim() != 2
                 or any(n % 16 for n in w.shape)), None)
     if odd is not None and odd.dtype == torch.float32 and not has_bf16():

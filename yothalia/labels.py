@@ -15,6 +15,7 @@ import numpy as np
 from datasets import Dataset
 from .files import DataError
 from .packing import example_nll
+from .rendering import stop_ids
 from .prompts import *
 from .runs import *
 
@@ -44,7 +45,7 @@ def check_labels(e:dict, # from `example`
                  tok):
     """Raise an AssertionError unless the targets of an example are its replies, each, if it is whole, with its stop
     token."""
-    ids, labels, special = np.array(e['input_ids']), np.array(e['labels']), set(tok.all_special_ids)
+    ids, labels, stops = np.array(e['input_ids']), np.array(e['labels']), set(stop_ids(tok))
     runs = target_runs(labels)
     assert tok.bos_token_id is None or ids[:2].tolist() != [tok.bos_token_id]*2, ('the text begins with two BOS '
                                                                                   'tokens: the chat template writes '
@@ -58,7 +59,7 @@ def check_labels(e:dict, # from `example`
             assert whole.startswith(said.rstrip('\ufffd')), f'{said!r} is not the start of the reply'
             continue
         assert said.endswith(whole), f'{said!r} is not the reply {whole!r}'
-        assert run[-1] in special, f'the stop token of {whole[:40]!r} is no target'
+        assert run[-1] in stops, f'the stop token of {whole[:40]!r} is no target'
 
 # %% ../nbs/lora/labels.ipynb #ad851a0c
 def token_budget(rows, tok, template:Template=PERSONA) -> int:

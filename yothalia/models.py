@@ -24,6 +24,7 @@ import psutil
 from filelock import FileLock
 from pydantic import AfterValidator
 from .core import *
+from .rendering import stop_ids
 
 getLogger('bitsandbytes').setLevel('ERROR')  # it complains of a kernel that it would fetch from the hub
 
@@ -316,6 +317,14 @@ def _pretrained(cls, # AutoTokenizer or AutoModelForCausalLM
         with quiet(): return cls.from_pretrained(place, **kw)
     except Exception as e: raise ModelError(_why_not(name, e)) from e
 
+# %% ../nbs/base/models.ipynb #895e6487
+def _stops_of(name:str) -> set[int]:
+    "The tokens at which a model ends by its `generation_config.json`; none if it has none."
+    from transformers import GenerationConfig
+    try: ends = GenerationConfig.from_pretrained(resolve_model(name)).eos_token_id
+    except Exception: return set()  # there is none, or no network to ask for it
+    return set(ends if isinstance(ends, list) else [ends]) - {None}
+
 def load_tokenizer(name:str, # alias, hub id or local folder
                    trust_remote_code:bool=False # run code that comes with the model
                   ):
@@ -323,6 +332,7 @@ def load_tokenizer(name:str, # alias, hub id or local folder
     from transformers import AutoTokenizer
     tok = _pretrained(AutoTokenizer, name, resolve_model(name), trust_remote_code=trust_remote_code)
     if tok.pad_token is None: tok.pad_token = tok.eos_token
+    tok.model_stops = _stops_of(name)
     if not tok.chat_template: raise ModelError(f'{name} has no chat template: choose an instruct or chat model.')
     return tok
 
@@ -423,7 +433,8 @@ def continued(model, tok, prompts, # rendered texts, or the ids of each
     ids = [tok(p, add_special_tokens=False)['input_ids'] if isinstance(p, str) else list(p) for p in prompts]
     with torch.inference_mode(), quiet():
         given = tok.pad(dict(input_ids=ids), padding=True, padding_side='left', return_tensors='pt').to(model.device)
-        out = model.generate(**given, max_new_tokens=max_new_tokens, pad_token_id=tok.pad_token_id, **GREEDY | how)
+        out = model.generate(**given, max_new_tokens=max_new_tokens, pad_token_id=tok.pad_token_id,
+                             **GREEDY | dict(eos_token_id=stop_ids(tok)) | how)
     return out[:, given['input_ids'].shape[1]:]
 
 # %% ../nbs/base/models.ipynb #6592bffd
@@ -440,7 +451,7 @@ def speak_many(model, tok, prompts:list[str], max_new_tokens:int=128,
     import torch
     new = continued(model, tok, prompts, max_new_tokens, **how)
     said = [t.strip() for t in tok.batch_decode(new, skip_special_tokens=True)]
-    stop = torch.tensor(model.generation_config.eos_token_id, device=new.device).flatten()
+    stop = torch.tensor(stop_ids(tok), device=new.device)
     return list(zip(said, torch.isin(new, stop).any(1).tolist())) if ends else said
 
 # %% ../nbs/base/models.ipynb #3e500fe2

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Texts', 'TEMPLATES', 'BARE', 'PERSONA', 'TemplateName', 'CONDITIONS', 'COLOURS', 'PromptsConfig', 'Template',
            'find_template', 'template_id', 'template_name', 'known_template', 'run_template', 'Exchanges', 'drawn_from',
-           'speaks_up', 'filled', 'messages', 'render', 'encode', 'within', 'chains', 'encode_chain', 'preview',
-           'pieces']
+           'speaks_up', 'filled', 'messages', 'told_turns', 'render', 'encode', 'within', 'chains', 'encode_chain',
+           'preview', 'pieces']
 
 # %% ../nbs/data/prompts.ipynb #c327178e
 import html, re
@@ -18,6 +18,7 @@ from pydantic import AfterValidator, PrivateAttr, field_validator
 from .core import *
 from .models import *
 from .files import DataError
+from .rendering import *
 
 # %% ../nbs/data/prompts.ipynb #72ba98de
 class PromptsConfig(Config):
@@ -166,7 +167,7 @@ def speaks_up(tok # a tokenizer with a chat template
              ) -> bool:
     "Whether the chat template inserts a system text of its own where none is given."
     if (key := str(tok.chat_template)) not in _speaking:
-        line, size = [dict(role='user', content='x')], lambda msgs: len(tok.apply_chat_template(msgs, tokenize=False))
+        line, size = [dict(role='user', content='x')], lambda msgs: len(rendered(tok, msgs))
         try: _speaking[key] = size(line) > size([dict(role='system', content=''), *line])
         except Exception: _speaking[key] = False  # it knows no system turn, so it has none to insert
     return _speaking[key]
@@ -201,46 +202,28 @@ CONDITIONS = {'base': (False, False), 'prompt': (True, False), 'lora': (False, T
 COLOURS = dict(base='#949494', prompt='#0173b2', lora='#de8f05', both='#029e73')  # seaborn's colour-blind palette
 
 # %% ../nbs/data/prompts.ipynb #4ff698d3
-def _template(tok, msgs:list[dict], **kw) -> str:
-    "Render messages, for templates without a system turn or with strictly alternating turns too."
-    from jinja2.exceptions import TemplateError
-    try: return tok.apply_chat_template(msgs, tokenize=False, **kw)
-    except TemplateError as e: why = e
-    system = msgs[0]['content'] if msgs[0]['role'] == 'system' else ''
-    rest = msgs[1:] if msgs[0]['role'] == 'system' else msgs
-    while len(rest) > 1 and rest[0]['role'] == 'assistant': rest = rest[1:]
-    if len(rest) == len(msgs): raise why
-    keep = [msgs[0]] if system else []
-    try: return tok.apply_chat_template([*keep, *rest], tokenize=False, **kw)
-    except TemplateError: pass
-    first = dict(role='user', content=f"{system}\n\n{rest[0]['content']}" if system else rest[0]['content'])
-    return tok.apply_chat_template([first, *rest[1:]], tokenize=False, **kw)
+def told_turns(row:dict, tok, template:Template=PERSONA) -> tuple[list[dict], str, str, str]: # turns, as `reply_place`
+    "A row's messages and where its reply stands; a `DataError` if what the model shall be told does not arrive."
+    msgs = messages(row, tok, template)
+    prompt, lead, after = reply_place(tok, msgs)
+    told = msgs[0]['content'].split() if msgs[0]['role'] == 'system' else []
+    if told and ' '.join(told) not in ' '.join(prompt.split()):
+        raise DataError(f"{tok.name_or_path}: its chat template does not tell the model the system text "
+                        f"{' '.join(told)[:60]!r}: say template=first-turn, which puts it into the user's first turn.")
+    return msgs, prompt, lead, after
 
 def render(row:dict, tok, # the model's tokenizer
            template:Template=PERSONA) -> tuple[str,str]: # prompt, completion
-    "The row as text: what the model is given, and what it shall say, with the end of turn."
-    msgs = messages(row, tok, template)
-    prompt = _template(tok, msgs, add_generation_prompt=True)
-    whole = _template(tok, msgs + [dict(role='assistant', content=row['reply'])])
-    if not whole.startswith(prompt):
-        raise DataError(f"{tok.name_or_path}: its chat template does not write the reply right after the generation "
-                        f"prompt; give the tokenizer another chat_template.")
-    return prompt, whole[len(prompt):]
+    "The row as text: what the model is given, and what it shall say, with what its template writes behind it."
+    _, prompt, lead, after = told_turns(row, tok, template)
+    return prompt, lead + row['reply'] + after
 
 # %% ../nbs/data/prompts.ipynb #b9bed673
-def _ids(tok, text:str) -> list[int]: return tok(text, add_special_tokens=False)['input_ids']
-
-def _stop(tok, completion:str) -> tuple[list[int], list[int]]: # the reply with its stop token, what follows it
-    "The ids of a completion, divided after the token that ends the turn."
-    ids, special = _ids(tok, completion), set(tok.all_special_ids)
-    ends = [i for i, t in enumerate(ids) if t in special]
-    return (ids[:ends[-1]+1], ids[ends[-1]+1:]) if ends else (ids + [tok.eos_token_id], [])
-
 def encode(row:dict, tok, template:Template=PERSONA) -> dict[str,list[int]]: # input_ids and labels, of equal length
     "Ids and labels of a row: trained are the reply and the token that ends its turn."
-    prompt, completion = render(row, tok, template)
-    prompt, (completion, _) = _ids(tok, prompt), _stop(tok, completion)
-    return dict(input_ids=prompt+completion, labels=[-100]*len(prompt)+completion)
+    _, prompt, lead, after = told_turns(row, tok, template)
+    given, said = text_ids(tok, prompt), reply_ids(tok, prompt, lead + row['reply'], after)
+    return dict(input_ids=given+said, labels=[-100]*len(given)+said)
 
 # %% ../nbs/data/prompts.ipynb #6457f49b
 def _sizes(texts, tok, mark:int=8 # tokens that a turn costs beside its text, about
@@ -279,20 +262,18 @@ def chains(rows # rows in any order
 
 # %% ../nbs/data/prompts.ipynb #705c24c5
 def encode_chain(chain:list[dict], # from `chains`
-                 # input_ids and labels; None if the template rewrites earlier turns
+                 # input_ids and labels; None if a reply's context would not be the prompt that it has alone
                  tok, template:Template=PERSONA) -> dict[str,list[int]]|None:
     "Ids and labels of a conversation: trained is each reply of the chain, with the token that ends its turn."
-    last = chain[-1]
-    msgs = messages(last, tok, template) + [dict(role='assistant', content=last['reply'])]
-    at = [len(msgs)-2-len(last['history'])+len(r['history'])+1 for r in chain]  # which messages are the replies
-    whole, done, ids, labels = _template(tok, msgs), 0, [], []
-    for n in at:
-        prompt, said = _template(tok, msgs[:n], add_generation_prompt=True), _template(tok, msgs[:n+1])
-        if not (said.startswith(prompt) and whole.startswith(said.rstrip()) and len(prompt) >= done): return None
-        context, (reply, rest) = _ids(tok, whole[done:len(prompt)]), _stop(tok, said[len(prompt):])
-        ids += context + reply
-        labels += [-100]*len(context) + reply
-        done = len(said) - len(tok.decode(rest)) if rest else len(said)
+    last, ids, labels = chain[-1], [], []
+    msgs, *_ = told_turns(last, tok, template)
+    for n in [len(msgs)-1-len(last['history'])+len(r['history']) for r in chain]: # which turns are answered
+        prompt, lead, after = reply_place(tok, msgs[:n+1])
+        reply = msgs[n+1]['content'] if n+1 < len(msgs) else last['reply']
+        given, said = text_ids(tok, prompt), reply_ids(tok, prompt, lead + reply, after)
+        if given[:len(ids)] != ids: return None
+        labels += [-100]*(len(given)-len(ids)) + said
+        ids = given + said
     return dict(input_ids=ids, labels=labels)
 
 def preview(e:dict, # input_ids and labels

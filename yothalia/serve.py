@@ -15,7 +15,7 @@ from .core import *
 from .models import *
 from .prompts import *
 from .runs import *
-from .prompts import _ids
+from .rendering import text_ids
 from .cards import read_card
 from .characters import Character, cast_of_run, character_of_card, slug
 from .sampling import Request, Sampling, Speaker
@@ -193,7 +193,7 @@ def request_of(self:Stage, body:dict) -> Request:
     if scene and told: s.who = replace(s.who, personas={l: f'{p}\n{scene}' for l, p in s.who.personas.items()})
     for m in every:
         if m['role'] != 'system': s.add(m['role'], m['text'])
-    return Request(_ids(self.engine.tok, s.prompt()), sampling, s.stops() + stops, on, likely=likely_of(body))
+    return Request(text_ids(self.engine.tok, s.prompt()), sampling, s.stops() + stops, on, likely=likely_of(body))
 
 # %% ../nbs/chat/serve.ipynb #07d00013
 # how a reply ended → finish_reason

@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from .core import *
 from .models import *
 from .prompts import *
-from .prompts import _ids
+from .rendering import stop_ids, text_ids
 from .runs import *
 from .characters import *
 from .sampling import *
@@ -25,8 +25,7 @@ class Voice:
     "A model in this process: a `Speaker` that speaks while one listens, and remembers what it has read last."
     def __init__(self, model, tok, room:int=2**17): # tokens of a prompt and its reply
         self.model, self.tok, self.room, self.kept, self.cache, self.on = model, tok, room, [], None, None
-        ends = model.generation_config.eos_token_id
-        self.ends = set(ends if isinstance(ends, list) else [ends]) | {tok.eos_token_id}
+        self.ends = set(stop_ids(tok))
     def stop(self): self.kept, self.cache = [], None
 
 # %% ../nbs/chat/session.ipynb #07b00010
@@ -158,7 +157,7 @@ def merged_turns(path:list[Turn]) -> list[dict]: # role, text
 def by_card(self:Session, path:list[Turn]) -> str:
     "What the card says now: its texts filled in, the lore that has come up, and last what shall stand near the end."
     c = self.who.card
-    def count(t): return len(_ids(self.voice.tok, t))
+    def count(t): return len(text_ids(self.voice.tok, t))
     turns = sum(t.role == 'assistant' for t in path)
     lore = c.found_lore([t.text for t in path], self.user, count, self.context//4, turns, self.greeting)
     text = c.persona(self.user, lore)
@@ -226,7 +225,7 @@ def answer(self:Session) -> Iterator[str]:
     if not path or path[-1].role != 'user': raise ValueError('Nothing to answer: say something first.')
     here, s = self.at, replace(self.sampling)
     if s.seed is not None: s = replace(s, seed=(s.seed + len(self.turns)) % 2**32)  # a second try is another
-    self.last = self.voice.ask(Request(_ids(self.voice.tok, self.prompt()), s, self.stops(), self.on))
+    self.last = self.voice.ask(Request(text_ids(self.voice.tok, self.prompt()), s, self.stops(), self.on))
     try: yield from self.last.pieces()
     finally:
         self.at = here

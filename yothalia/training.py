@@ -129,17 +129,39 @@ class Training:
         self.sharded, self.recomputed, self.limit = sharded(model), False, 0.
         self.graphs, self.stream, self.pool = {}, None, None
         if self.device.type == 'cuda': self.pool = torch.cuda.MemPool()
-        fits = self.device.type == 'cuda' and can_pack(model) and frozen_head(plain(model)) and not self.sharded
+        together = self.device.type == 'cuda' and packing_way(model) == 'packed'
+        fits = together and frozen_head(plain(model)) and not self.sharded
         self.sizes, self.graphs_fit = [], fits and self.fused > 0
         self.loss = torch.zeros((), dtype=torch.float64, device=self.device)
         self.choose_size()
 
 # %% ../nbs/lora/training.ipynb #02c0000d9
 @patch
+def trial_gradient(self:Training) -> torch.Tensor:
+    "The adapter's gradient for a few random words."
+    words, mode = self.model.config.get_text_config().vocab_size, self.model.training
+    ids = torch.randint(min(words, 30_000), (24,), generator=torch.Generator().manual_seed(0)).tolist()
+    self.model.eval()
+    trial = pack_examples([dict(input_ids=ids, labels=ids)]).to(self.device)
+    with packed(self.model): pack_nll(self.model, trial).sum().backward()
+    self.model.train(mode)
+    out = self.flat.grad.clone()
+    self.flat.grad.zero_()
+    return out
+
+# %% ../nbs/lora/training.ipynb #9c171b3d
+@patch
 def fuse_layers(self:Training) -> int: # how many
-    "Layers and branches as one operation, in eight bits if that is wanted."
-    try: return fuse(self.model, in_fp8(self.model) if self.args.fp8 else None)
+    "Layers and branches as one operation, in eight bits if that is wanted; not where a trial shows another gradient."
+    theirs = None if self.args.fp8 or sharded(self.model) else self.trial_gradient()
+    try: n = fuse(self.model, in_fp8(self.model) if self.args.fp8 else None)
     except ValueError as e: raise TrainError(str(e)) from None
+    if n and theirs is not None:
+        apart = (self.trial_gradient() - theirs).norm()/theirs.norm().clamp(min=1e-12)
+        if apart > (1e-3 if theirs.dtype == torch.float32 else .05):
+            unfuse(self.model)
+            return 0
+    return n
 
 # %% ../nbs/lora/training.ipynb #02c0000e1
 def pack_tokens(model, # a PeftModel
@@ -173,11 +195,15 @@ def recompute(self:Training):
     self.model.train()
     self.recomputed, self.graphs_fit = True, False
 
+# %% ../nbs/lora/training.ipynb #59f6f710
 @patch
 def choose_size(self:Training):
     """Decide how many tokens a pack has, and whether layers are computed again; the same in all processes that share
     them."""
     if self.args.recompute: self.recompute()
+    if packing_way(self.model) == 'single':  # conversations would see each other
+        self.size = 1
+        return
     if self.args.pack_tokens:
         self.size = self.args.pack_tokens
         return
@@ -255,6 +281,7 @@ class Captured:
         beside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(beside), torch.cuda.use_mem_pool(training.pool):
             for _ in range(2): work()
+        if self.p.looped: raise RuntimeError('no capture: the borders of its examples would be recorded with it')
         torch.cuda.current_stream().wait_stream(beside)
         torch.cuda.synchronize()
         self.graph = torch.cuda.CUDAGraph()
@@ -340,8 +367,9 @@ def take_step(self:Training) -> torch.Tensor: # the norm of the gradient, on the
             for p in self.packs(i): self.micro(p, total)
             break
         except Exception as e:
-            if not out_of_memory(e): raise
-            self.shrink()
+            if out_of_memory(e): self.shrink()
+            elif self.graphs_fit and 'capture' in str(e): self.graphs_fit = False  # something cannot be recorded
+            else: raise
             self.flat.sum.zero_()
             self.flat.grad.zero_()
             self.loss.copy_(before)

@@ -15,6 +15,7 @@ import numpy as np
 from .data import load_split, personas
 from .packing import example_nll
 from .prompts import *
+from .rendering import stop_ids
 from .runs import *
 from .training import *
 from .labels import *
@@ -120,10 +121,11 @@ def merge(cfg_model:str, # the base model, as given to `load_model`
           folder:str|Path # where the merged model goes
          ) -> Path:
     "Write base model plus adapter as one bf16 safetensors model with its tokenizer."
-    model = load_model(cfg_model, 'bf16', adapter, to_save=True).merge_and_unload()
+    model, tok = load_model(cfg_model, 'bf16', adapter, to_save=True).merge_and_unload(), load_tokenizer(cfg_model)
+    if not set(ends := stop_ids(tok)) <= tok.model_stops: model.generation_config.eos_token_id = ends
     with atomic(rooted(folder)) as new, quiet():
         model.save_pretrained(new)
-        load_tokenizer(cfg_model).save_pretrained(new)
+        tok.save_pretrained(new)
         seal(new)
     return rooted(folder)
 
