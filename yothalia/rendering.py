@@ -22,6 +22,7 @@ def _dated(template:str) -> str:
     "A chat template that asks for the time, with a clock that stands still."
     return _CLOCK + template if 'strftime_now' in template else template
 
+# %% ../nbs/data/rendering.ipynb #1e0034c6
 def _forms(msgs:list[dict]): # yields messages
     "The same messages in forms that stricter templates take."
     yield msgs
@@ -40,7 +41,8 @@ def rendered(tok, msgs:list[dict], ask:bool=False # role and content; whether a 
                                             **SWITCHES)
         except Exception as e: why = why or e  # a template may raise anything
     raise DataError(f'{tok.name_or_path}: its chat template cannot write these turns '
-                    f'({type(why).__name__}: {str(why)[:200]}); choose another by chat_template')
+                    f'({type(why).__name__}: {str(why)[:200]}); put another chat_template.jinja '
+                    f'into its folder.')
 
 # %% ../nbs/data/rendering.ipynb #becee5c0
 MARKER = 'Yothalia7reply7here'
@@ -58,8 +60,8 @@ def reply_place(tok, msgs:list[dict]) -> tuple[str, str, str]:
     prompt = rendered(tok, msgs, True)
     before, found, after = rendered(tok, [*msgs, dict(role='assistant', content=MARKER)]).rpartition(MARKER)
     if not found:
-        raise DataError(f'{tok.name_or_path}: its chat template leaves out what the assistant says; choose another by '
-                        f'chat_template')
+        raise DataError(f'{tok.name_or_path}: its chat template leaves out what the assistant says; put another '
+                        f'chat_template.jinja into its folder.')
     if not before.startswith(prompt): return _closed(prompt), '', after
     more = before[len(prompt):]
     return (_closed(prompt), more, after) if not more.strip() else (before, '', after)
