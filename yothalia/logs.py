@@ -8,7 +8,6 @@ __all__ = ['PAUSE', 'LOGS', 'STAMPS', 'TURN_COLUMNS', 'speech', 'pause_of', 'by_
 
 # %% ../nbs/data/logs.ipynb #1e447050
 import html, json, re
-from collections import Counter
 from dataclasses import dataclass
 from datetime import datetime
 from operator import itemgetter

@@ -9,7 +9,6 @@ __all__ = ['DAY', 'SWITCHES', 'MARKER', 'rendered', 'reply_place', 'text_ids', '
 import re
 from datetime import datetime
 from functools import lru_cache
-from .core import *
 from .files import DataError
 
 # %% ../nbs/data/rendering.ipynb #7a6ba1c3

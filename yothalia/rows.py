@@ -7,7 +7,7 @@ __all__ = ['SHIPPED', 'RowsConfig', 'Reject', 'Reading', 'looks_like_card', 'tex
            'to_rows', 'some_left', 'only', 'persona_text', 'read_rows', 'sample_rows', 'lesson_rows']
 
 # %% ../nbs/data/rows.ipynb #a647be09
-import json, re
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field

@@ -11,7 +11,7 @@ __all__ = ['FIELDS', 'MAX_FIELD', 'MARKS', 'MAX_TURNS', 'CONTEXT', 'SPELLINGS', 
 # %% ../nbs/data/shapes.ipynb #ac8f7407
 import json, re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from .core import *
 from .files import *
 
