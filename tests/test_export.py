@@ -11,7 +11,8 @@ from yothalia.commands import app
 from yothalia.export import *
 from yothalia.verify import *
 from yothalia.lora import LoraConfig, add_lora
-from yothalia.models import EMBEDDED, ModelError, load_model, load_tokenizer, switched
+from yothalia.convert import EMBEDDED, ModelError
+from yothalia.models import load_model, load_tokenizer, switched
 from yothalia.prompts import PERSONA
 from yothalia.questions import make_tracks
 

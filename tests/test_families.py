@@ -6,7 +6,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from yothalia.decoding import decoder_of
 from yothalia.fused import fuse
 from yothalia.lora import with_lora
-from yothalia.models import quiet
+from yothalia.convert import quiet
 from yothalia.packing import example_nll, pack_examples, pack_lengths, pack_nll, packed, packing_way
 
 BASE = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, vocab_size=2048, max_position_embeddings=2048,

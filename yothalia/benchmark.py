@@ -99,7 +99,7 @@ def score_all(self:Bench, qs:list[dict], mode:str, condition:str, path:Path, # t
 def described(cfg:BenchmarkConfig) -> dict:
     "What all records of a run have in common."
     return dict(step='benchmark', model=model_name(cfg.model), precision=cfg.precision, data_hash=data_hash(cfg.out),
-                options=cfg.options, split=split_kind(cfg.out))
+                options=cfg.options, split=split_kind(cfg.out)) | chat_said(cfg)
 
 def template_of(cfg:BenchmarkConfig, condition:str) -> str:
     "Name and hash of the prompt template that is used in a condition, for records."
@@ -186,6 +186,7 @@ def ask_tracks(cfg:BenchmarkConfig, model, tok, test:list[dict]) -> dict[str,lis
         for t in (t for t in tracks if TRACKS[t].alone):
             some = Pool(test, cfg.seed).rows[:min((n for n in (cfg.questions, cfg.own_questions) if n), default=None)]
             path, key = rooted(cfg.out)/'priors'/'model-replies.jsonl', content_hash(model_name(cfg.model),
+                    chat_said(cfg),
                 cfg.precision, cfg.seed, package_dir()/'prompts.py')
             out |= make_tracks(some, [t], 0, cfg.options, cfg.seed,
                                said=model_replies(model, tok, some, path, key, seed=cfg.seed))

@@ -12,7 +12,8 @@ from collections import Counter
 from operator import itemgetter
 import numpy as np
 from .core import *
-from .models import EMBEDDED, arithmetic, cache_dir, parameters
+from .convert import EMBEDDED, cache_dir
+from .models import arithmetic, parameters
 from .files import DataError
 from .data import DataConfig, labelled, read_source
 from .privacy import in_words, private_rows

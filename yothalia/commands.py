@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from .core import *
-from .models import EMBEDDED, ModelError
+from .convert import EMBEDDED, ModelError
 from .rows import SHIPPED
 from .runner import *
 from .slurm import *
@@ -244,7 +244,7 @@ def chat(where: Annotated[str, typer.Argument(help='a run, a card, or an adapter
     "Talk to a character in the terminal."
     with one_sentence() as console:
         from yothalia.chat import TalkConfig, opened
-        from yothalia.models import quiet
+        from yothalia.convert import quiet
         with quiet(): s, place = opened(where, configure(TalkConfig, given))
         if log:
             s.load(log)
@@ -301,7 +301,7 @@ def serve(name: Annotated[str, typer.Argument(help='a run in _runs')]='default',
     with one_sentence() as console:
         key = key_for(host)
         given['adapters'] = named_values(given.pop('adapter_of'))
-        from yothalia.models import quiet
+        from yothalia.convert import quiet
         from yothalia.page import page_of
         from yothalia.serve import serve_forever
         with quiet(): page = page_of(serve_config(name, cards=card, **given))

@@ -348,8 +348,8 @@ def write_modelfiles(ref:Reference, source:Path) -> list[Path]: # the weights
 
 DAMAGES = { # what is wrong → how it is made, at which precision, and which check must see it
     'wrong template': (lambda ref, to: damage_template(ref.merged, to), 'bf16', 'prompt'),
-    'adapter not applied': (lambda ref, to: damage_adapter(ref.cfg.model, to), 'bf16', 'weights'),
-    'merged into nf4': (lambda ref, to: damage_merge(ref.cfg.model, ref.adapter, to), 'nf4', 'weights')}
+    'adapter not applied': (lambda ref, to: damage_adapter(ref.cfg.model, ref.tok, to), 'bf16', 'weights'),
+    'merged into nf4': (lambda ref, to: damage_merge(ref.cfg.model, ref.tok, ref.adapter, to), 'nf4', 'weights')}
 
 # %% ../nbs/run/export.ipynb #05a0003f
 def export_all(cfg:ExportConfig) -> list[dict]: # records

@@ -17,6 +17,7 @@ from fastcore.basics import patch
 from peft import LoraConfig as PeftLoraConfig, get_peft_model
 from .data import data_hash, load_split
 from .prompts import *
+from .rendering import CHAT_TEMPLATES
 from .runs import *
 from .packing import WAYS, packing_way
 from .training import *
@@ -77,7 +78,7 @@ def training_key(cfg:LoraConfig,
                 ) -> str:
     "A hash of everything that decides the adapter: parameters, rows, and this module."
     what = cfg.model_dump(exclude={'out', 'merged', 'replies', 'reply_tokens', 'pack_tokens'})
-    what |= dict(template=template_id(run_template(cfg.out, cfg.template)))
+    what |= dict(template=template_id(run_template(cfg.out, cfg.template))) | chat_said(cfg)
     code = [package_dir()/f'{m}.py' for m in ('lora', 'labels', 'training', 'packing', 'fused', 'prompts',
                                                'rendering')]
     return content_hash(what, data_hash(cfg.out) if rows is None else rows, *code)
@@ -98,7 +99,7 @@ def fit(cfg:LoraConfig, # checked parameters
         given:dict|None=None # rows to train on and to watch, if not those of the run
        ) -> tuple: # the trained PeftModel, the log (a list of dicts), and counts
     "Train an adapter, or take up a training that was interrupted; the best checkpoint's weights are loaded at the end."
-    tok, rows = load_tokenizer(cfg.model), given or rows_of(cfg)
+    tok, rows = Run.of(cfg).tok, given or rows_of(cfg)
     shown = given['train'] if given else load_split(cfg.out, 'train') # examples come from all that may be learned
     template = drawn_from(find_template(run_template(cfg.out, cfg.template)), shown)
     budget, sets, counts = cfg.max_tokens or token_budget(rows['train'], tok, template), {}, {}
@@ -174,7 +175,11 @@ def save_adapter(model, # a trained PeftModel
     with atomic(rooted(cfg.out)/'adapter') as new, quiet():
         model.save_pretrained(new)
         (new/'README.md').write_text(adapter_card(cfg, counts, losses), encoding='utf-8')
-        (new/TRAINED_AS).write_text(json.dumps({k: getattr(cfg, k) for k in ('model', 'precision', 'template')}))
+        said = {k: getattr(cfg, k) for k in ('model', 'precision', 'template')}
+        if chats := Run.of(cfg).chats:
+            (new/'chat_template.jinja').write_text(Run.of(cfg).tok.chat_template, encoding='utf-8')
+            if chats in CHAT_TEMPLATES: said['chat_template'] = chats
+        (new/TRAINED_AS).write_text(json.dumps(said))
         seal(new)
     return rooted(cfg.out)/'adapter'
 

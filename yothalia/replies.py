@@ -178,7 +178,8 @@ def replies_key(cfg:RepliesConfig, condition:str, adapter:str) -> str:
     "A hash of everything that the replies depend on."
     tells, on = CONDITIONS[condition]
     name = template_id(run_template(cfg.out, cfg.template) if tells else 'bare')
-    what = [model_name(cfg.model), cfg.precision, adapter_hash(adapter) if on else '', name, data_hash(cfg.out),
+    what = [model_name(cfg.model), chat_said(cfg), cfg.precision, adapter_hash(adapter) if on else '', name,
+            data_hash(cfg.out),
             cfg.sampled, cfg.temperature, cfg.new_tokens, cfg.seed, device_info()['device']]
     return content_hash(what, package_dir()/'prompts.py', package_dir()/'models.py')
 

@@ -17,7 +17,7 @@ import yaml
 from filelock import FileLock, Timeout
 from rich.console import Console
 from .core import *
-from .models import find_adapter, find_memory, find_model, is_api
+from .models import find_adapter, find_chat, find_memory, find_model, is_api, run_chat_template
 
 # %% ../nbs/run/runner.ipynb #91c8a2cd
 @dataclass(frozen=True)
@@ -239,12 +239,14 @@ def refuse_away(planned:dict[str,Config]):
         from yothalia.contestants import check_contestant
         check_contestant(planned['04_benchmark'].base_url, planned['04_benchmark'].price)
 
+# %% ../nbs/run/runner.ipynb #05576d24
 def look_first(planned:dict[str,Config]):
     "Raise one sentence for whatever the steps will need and is not there."
     refuse_away(planned)
     local = [c for c in planned.values() if hasattr(c, 'model') and not is_api(c.model)]
     for m in dict.fromkeys(c.model for c in local): find_model(m)
     for c in local:
+        if hasattr(c, 'chat_template'): find_chat(c.model, run_chat_template(c.out, c.chat_template))
         if hasattr(c, 'precision'): find_memory(c.model, c.precision)
         if getattr(c, 'adapter', 'auto') not in ('auto', ''): find_adapter(c.adapter)
     runs = rooted('_runs')

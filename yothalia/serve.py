@@ -79,7 +79,7 @@ def own_adapters(cfg:ServeConfig, who:dict) -> dict[str,str]: # name of the mode
 # %% ../nbs/chat/serve.ipynb #7333c8b4
 def stage_of(cfg:ServeConfig) -> Stage:
     "The same with one model for all of them, here or behind an address."
-    who, place, tok = cast_of(cfg), run_adapter(cfg.out, cfg.adapter), load_tokenizer(cfg.model)
+    who, place, tok = cast_of(cfg), run_adapter(cfg.out, cfg.adapter), Run.of(cfg).tok
     shared, own = dict(places=cfg.places, room=cfg.room, waiting=cfg.waiting), own_adapters(cfg, who)
     if cfg.engine:
         from yothalia.behind import Behind

@@ -15,7 +15,8 @@ import psutil, yaml
 from filelock import FileLock
 from rich.console import Console
 from .core import *
-from .models import EMBEDDED, ModelError, cache_dir, find_model, resolve_model
+from .convert import EMBEDDED, ModelError, cache_dir
+from .models import find_model, resolve_model
 from .rows import SHIPPED
 from .runner import *
 

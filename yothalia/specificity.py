@@ -169,7 +169,7 @@ def specificity(cfg:SpecificityConfig) -> dict: # the record
     ensure_data(cfg.out)
     train, test = (list(load_split(cfg.out, p)) for p in ('train', 'test'))
     parts, tok = parts_of(train, test, cfg.languages, cfg.characters, cfg.train_rows, cfg.test_rows,
-                          cfg.seed), load_tokenizer(cfg.model)
+                          cfg.seed), Run.of(cfg).tok
     lines = [o for lang, of in parts.items() for o in language_lines(cfg, lang, of, tok)]
     learn, ask = ({lang: len(next(iter(of.values()))[k]) for lang, of in parts.items()} for k in (0, 1))
     what = dict(step='specificity', characters={lang: list(of) for lang, of in parts.items()}, rows_learned=learn,

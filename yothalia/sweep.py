@@ -127,7 +127,7 @@ def plot_rates(log:list[dict], ax=None):
 # %% ../nbs/studies/sweep.ipynb #9f3e6751
 def find_rate(cfg:SweepConfig, rows:list[dict]) -> list[dict]: # the log
     "The trial on some rows; no weights are kept."
-    tok, how = load_tokenizer(cfg.model), drawn_from(find_template(run_template(cfg.out, cfg.template)), rows)
+    tok, how = Run.of(cfg).tok, drawn_from(find_template(run_template(cfg.out, cfg.template)), rows)
     size = cfg.max_tokens or token_budget(rows, tok, how)
     data, _ = examples(rows, tok, size, cfg.persona_share, cfg.seed, how)
     seed_everything(cfg.seed)
@@ -150,7 +150,8 @@ class Setting:
     what: dict         # as it stands there: step, and factor and value or train_rows and rank
     changed: dict|None # parameters that differ from the default; None without an adapter
 
-SHARED_WITH_LORA = ('out', 'model', 'precision', 'template', 'epochs', 'batch', 'learning_rate', 'rank', 'max_tokens',
+SHARED_WITH_LORA = ('out', 'model', 'precision', 'template', 'chat_template', 'epochs', 'batch', 'learning_rate',
+                    'rank', 'max_tokens',
                     'persona_share', 'train_rows', 'seed')
 
 def lora_config(cfg:SweepConfig, changed:dict|None=None) -> LoraConfig:
@@ -201,7 +202,8 @@ def values_in(cfg:SweepConfig, run:Run, asked:dict, # speaker, voice: questions;
             yield 'speaker', q, np.argmax(o['sum']) == q['answer']
             yield 'specificity', q, per_token[q['answer']] - np.delete(per_token, q['answer']).mean()
     if not asked['voice']: return
-    key = content_hash(model_name(cfg.model), cfg.precision, cfg.max_reply, run.worn and adapter_hash(run.worn),
+    key = content_hash(model_name(cfg.model), chat_said(run), cfg.precision, cfg.max_reply,
+                       run.worn and adapter_hash(run.worn),
                        questions_hash(asked['voice'])) # replies alone: of this model, as it is held and tuned
     job = Asking(how, prior=(run.folder/'priors'/f'sweep-{key}.jsonl', key))
     for k, o in score_cloze(run.lm, run.tok, asked['voice'], cfg, job):
@@ -265,7 +267,8 @@ def study_key(cfg:SweepConfig, rows:dict) -> str:
     "A hash of all that every setting of a study has in common."
     code = ('lora', 'training', 'prompts', 'asking', 'questions', 'sweep')
     apart = {'out', 'factors', 'train_sizes', 'ranks', 'steps', 'lowest', 'highest'}
-    return content_hash(cfg.model_dump(exclude=apart), rows, template_id(run_template(cfg.out, cfg.template)),
+    return content_hash(cfg.model_dump(exclude=apart), chat_said(cfg), rows,
+                        template_id(run_template(cfg.out, cfg.template)),
                         *(package_dir()/f'{m}.py' for m in code))
 
 def sweep(cfg:SweepConfig, rows:dict) -> list[dict]: # records; rows: train (shuffled), valid, test

@@ -51,8 +51,8 @@ def score_template(cfg:TemplatesConfig, model, tok, qs:list[dict], name:str, # o
                   ) -> list[dict]:
     "Each reply's log-likelihood per token with every persona in one template."
     how = drawn_from(find_template(name), rows)
-    what = [template_id(name), model_name(cfg.model), cfg.precision, data_hash(cfg.out), cfg.max_reply, cfg.max_context,
-            device_info()['device']]
+    what = [template_id(name), model_name(cfg.model), chat_said(cfg), cfg.precision, data_hash(cfg.out), cfg.max_reply,
+            cfg.max_context, device_info()['device']]
     key = content_hash(what, *(package_dir()/f'{m}.py' for m in ('asking', 'scoring', 'prompts')))
     path = rooted(cfg.out)/'records'/f'templates-{Path(name).stem}.questions.jsonl'
     def score(done):

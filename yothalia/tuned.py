@@ -118,10 +118,12 @@ def adapter_card(cfg:ToldConfig, counts:dict, losses:dict[str,dict]|None) -> str
 # %% ../nbs/lora/tuned.ipynb #38f36e9b
 def merge(cfg_model:str, # the base model, as given to `load_model`
           adapter:str|Path, # the adapter's folder
-          folder:str|Path # where the merged model goes
+          folder:str|Path, # where the merged model goes
+          chat_template:str='' # how it has learnt that chats are written; empty for the model's own way
          ) -> Path:
     "Write base model plus adapter as one bf16 safetensors model with its tokenizer."
-    model, tok = load_model(cfg_model, 'bf16', adapter, to_save=True).merge_and_unload(), load_tokenizer(cfg_model)
+    model = load_model(cfg_model, 'bf16', adapter, to_save=True).merge_and_unload()
+    tok = load_tokenizer(cfg_model, chat_template)
     if not set(ends := stop_ids(tok)) <= tok.model_stops: model.generation_config.eos_token_id = ends
     with atomic(rooted(folder)) as new, quiet():
         model.save_pretrained(new)

@@ -123,7 +123,7 @@ def validity(cfg:ValidityConfig) -> list[dict]: # records
     try: got = benchmark_records(rooted(cfg.out)/'records', mode='cloze')
     except StatsError: return []
     lm, tok = None, None
-    if cfg.reordered: lm, tok = load_model(cfg.model, cfg.precision), load_tokenizer(cfg.model)
+    if cfg.reordered: lm, tok = load_model(cfg.model, cfg.precision), Run.of(cfg).tok
     of = {t: [r for r in got if r['what']['track'] == t] for t in TRACKS}
     asked = {t: load_questions(rooted(cfg.out)/f'questions-{t}.jsonl', rs[0]['what']['questions_hash'])
              for t, rs in of.items() if rs}

@@ -246,18 +246,18 @@ def damage_template(merged:Path, to:Path) -> Path:
     tok.save_pretrained(to)
     return to
 
-def damage_adapter(model:str, to:Path) -> Path:
+def damage_adapter(model:str, tok, to:Path) -> Path:
     "The base model, as if it were the tuned one."
     with quiet():
         load_model(model, to_save=True).save_pretrained(to)
-        load_tokenizer(model).save_pretrained(to)
+        tok.save_pretrained(to)
     return to
 
-def damage_merge(model:str, adapter:str, to:Path) -> Path:
+def damage_merge(model:str, tok, adapter:str, to:Path) -> Path:
     "The adapter merged into weights that are quantized to four bits already."
     with quiet():
         load_model(model, 'nf4', adapter, to_save=True).merge_and_unload().save_pretrained(to)
-        load_tokenizer(model).save_pretrained(to)
+        tok.save_pretrained(to)
     return to
 
 # %% ../nbs/run/verify.ipynb #05a0003a
@@ -280,7 +280,7 @@ def answers_of_server(asked:Asked, url:str, name:str, tok) -> ExportAnswers:
 class Reference:
     "A run's model as it was tested, and what its exports shall be compared with."
     def __init__(self, cfg:VerifyConfig, asked:Asked|None=None):
-        self.cfg, self.asked, self.tok = cfg, asked or asked_of(cfg), load_tokenizer(cfg.model)
+        self.cfg, self.asked, self.tok = cfg, asked or asked_of(cfg), Run.of(cfg).tok
         self.adapter, self.folder = run_adapter(cfg.out, cfg.adapter), rooted(cfg.out)/'export'
         if not self.adapter:
             raise ModelError('There is no adapter to take elsewhere: run 02_lora first, or say where one is (adapter).')
@@ -289,7 +289,7 @@ class Reference:
         self.tested = answers_of(self.asked, self.tok, by_model(model), stops)
         with switched(model, False): self.base = answers_of(self.asked, self.tok, by_model(model), stops)
         del model
-        if not sealed(self.merged): merge(cfg.model, self.adapter, self.merged)
+        if not sealed(self.merged): merge(cfg.model, self.adapter, self.merged, Run.of(cfg).chats)
         self.held = {'bf16': answers_of_folder(self.asked, str(self.merged))}
         beside = self.tested if cfg.precision == 'bf16' else answers_of(self.asked, self.tok,
             by_model(load_model(cfg.model, 'bf16', self.adapter)))
