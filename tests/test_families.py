@@ -7,6 +7,7 @@ from yothalia.decoding import decoder_of
 from yothalia.fused import fuse
 from yothalia.lora import with_lora
 from yothalia.convert import quiet
+from yothalia.session import Voice
 from yothalia.packing import example_nll, pack_examples, pack_lengths, pack_nll, packed, packing_way
 
 BASE = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, vocab_size=2048, max_position_embeddings=2048,
@@ -85,3 +86,28 @@ def test_replies(kind):
                 d.table.free(0)
                 texts, logits = [texts[2], texts[1]], logits[[2, 1]]
         for t, l in zip(texts, logits): assert (l - model(input_ids=torch.tensor([t]), use_cache=False).logits[0, -1]).abs().max() < 1e-3
+
+
+# no attention, or slopes in place of positions: what a conversation keeps of them is not a table of keys and values
+STATES = {'mamba': dict(state_size=8, num_hidden_layers=2, num_attention_heads=None), 'rwkv': dict(attention_hidden_size=64),
+          'falcon': dict(alibi=True, new_decoder_architecture=False), 'bloom': {},
+          'bamba': dict(mamba_n_heads=8, mamba_d_head=16, mamba_d_state=16, attn_layer_indices=[1, 3])}
+
+
+@pytest.mark.parametrize('kind', [*STATES, 'gemma3_text', 'lfm2', 'llama', 'qwen3_next'])
+def test_a_talk(kind):
+    "What a voice says, token by token, and of a second prompt that begins like the first, is what reading all of it anew gives."
+    if kind in STATES: FAMILIES[kind] = (STATES[kind], False)
+    model, voice = shape(kind), Voice.__new__(Voice)
+    voice.model, voice.kept, voice.cache, voice.on = model, [], None, None
+    rng = np.random.default_rng(1)
+    first = rng.integers(4, 2000, 40).tolist()
+    for prompt in (first, first + rng.integers(4, 2000, 9).tolist()):
+        with torch.inference_mode(), quiet():
+            logits, _ = voice.listen(prompt)
+            ids = list(prompt)
+            for _ in range(5):
+                right = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
+                assert (logits - right).abs().max() < 1e-3*right.std() + 1e-4, kind
+                ids.append(int(right.argmax()))
+                logits = voice.step(ids[-1])

@@ -233,15 +233,11 @@ class Alone:
 
 # %% ../nbs/chat/decoding.ipynb #48a54fbe
 @patch
-def next_logits(self:Alone, k:int) -> torch.Tensor: # (vocabulary,)
+def at_place(self:Alone, k:int) -> torch.Tensor: # (vocabulary,)
     "What comes next at a place."
-    ids = torch.tensor([self.ids[k]], device=self.model.device)
-    how = dict(max_new_tokens=1, do_sample=False, return_dict_in_generate=True, output_logits=True, pad_token_id=0)
-    if self.caches[k] is not None: how['past_key_values'] = self.caches[k]
-    with self.dressed([self.names[k]]), quiet():
-        out = self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **how)
-    self.caches[k] = out.past_key_values
-    return out.logits[0][0]
+    with self.dressed([self.names[k]]):
+        logits, self.caches[k] = next_logits(self.model, self.ids[k], self.caches[k])
+    return logits
 
 # %% ../nbs/chat/decoding.ipynb #2478d883
 @patch
@@ -251,7 +247,7 @@ def seat(self:Alone, prompts:list[list[int]], names:list|None=None) -> torch.Ten
     self.ids += [list(p) for p in prompts]
     self.names += names or [None]*len(prompts)
     self.caches += [None]*len(prompts)
-    try: return torch.stack([self.next_logits(k) for k in range(first, len(self.ids))])
+    try: return torch.stack([self.at_place(k) for k in range(first, len(self.ids))])
     except Exception:
         for kept in (self.ids, self.names, self.caches): del kept[first:]
         raise
@@ -260,7 +256,7 @@ def seat(self:Alone, prompts:list[list[int]], names:list|None=None) -> torch.Ten
 def step(self:Alone, tokens:list[int]) -> torch.Tensor: # (occupied, vocabulary)
     "Everybody's next token."
     for ids, t in zip(self.ids, tokens): ids.append(t)
-    return torch.stack([self.next_logits(k) for k in range(len(self.ids))])
+    return torch.stack([self.at_place(k) for k in range(len(self.ids))])
 
 # %% ../nbs/chat/decoding.ipynb #4908683a
 def _windows(model, room:int) -> bool:

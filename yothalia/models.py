@@ -7,13 +7,14 @@ __all__ = ['PRECISIONS', 'PrecisionName', 'ALIASES', 'API', 'TRAINED_AS', 'GREED
            'quantization_config', 'is_api', 'resolve_model', 'model_name', 'parameters', 'weights_bytes', 'too_large',
            'check_memory', 'load_tokenizer', 'widen', 'load_model', 'weight_tensors', 'load_adapter', 'plain_config',
            'flash_fits', 'out_of_memory', 'switched', 'run_adapter', 'adapter_hash', 'run_chat_template', 'chat_said',
-           'continued', 'speak', 'speak_many', 'find_model', 'find_chat', 'find_adapter', 'find_memory', 'ModelsConfig',
-           'EMBEDDED', 'ModelError', 'quiet']
+           'without_habits', 'continued', 'next_logits', 'speak', 'speak_many', 'find_model', 'find_chat',
+           'find_adapter', 'find_memory', 'ModelsConfig', 'EMBEDDED', 'ModelError', 'quiet']
 
 # %% ../nbs/base/models.ipynb #b3d16df2
 import functools, json, os, re
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from inspect import signature
 from logging import getLogger
 from pathlib import Path
 from typing import Annotated
@@ -360,6 +361,15 @@ def chat_said(cfg # a configuration or run with out, chat_template and perhaps a
 # %% ../nbs/base/models.ipynb #624a95ad
 GREEDY = dict(do_sample=False, temperature=None, top_p=None, top_k=None)
 
+@contextmanager
+def without_habits(model):
+    "A context in which `generate` follows what it is told alone."
+    from transformers import GenerationConfig
+    inner = getattr(model, 'get_base_model', lambda: model)()
+    own, inner.generation_config = inner.generation_config, GenerationConfig()
+    try: yield
+    finally: inner.generation_config = own
+
 def continued(model, tok, prompts, # rendered texts, or the ids of each
               max_new_tokens:int=128, # stop at the latest after so many
               **how # what else `generate` is told, e.g. do_sample=True, temperature=0.8, top_p=0.95
@@ -367,11 +377,26 @@ def continued(model, tok, prompts, # rendered texts, or the ids of each
     "The ids with which a model goes on from several prompts, padded on the left; greedily unless told otherwise."
     import torch
     ids = [tok(p, add_special_tokens=False)['input_ids'] if isinstance(p, str) else list(p) for p in prompts]
-    with torch.inference_mode(), quiet():
+    with torch.inference_mode(), quiet(), without_habits(model):
         given = tok.pad(dict(input_ids=ids), padding=True, padding_side='left', return_tensors='pt').to(model.device)
         out = model.generate(**given, max_new_tokens=max_new_tokens, pad_token_id=tok.pad_token_id,
-                             **GREEDY | dict(eos_token_id=stop_ids(tok)) | how)
+                             **GREEDY | dict(eos_token_id=stop_ids(tok), top_k=0) | how)
     return out[:, given['input_ids'].shape[1]:]
+
+# %% ../nbs/base/models.ipynb #1634afad
+def next_logits(model, ids:list[int], cache=None # what the model keeps of all but the last of them
+               ) -> tuple: # (vocabulary,) logits, the cache with all of them; None where there is none to go on from
+    "What comes next after some ids, as transformers generates it."
+    import torch
+    from transformers.cache_utils import Cache
+    given = torch.tensor([ids], device=model.device)
+    how = dict(max_new_tokens=1, do_sample=False, return_dict_in_generate=True, output_logits=True, pad_token_id=0)
+    if cache is not None: how['past_key_values'] = cache
+    with torch.inference_mode(), quiet(), without_habits(model):
+        out = model.generate(input_ids=given, attention_mask=torch.ones_like(given), **how)
+    states = 'cache_params' in signature(getattr(model, 'get_base_model', lambda: model)().forward).parameters
+    kept = out.past_key_values if isinstance(out.past_key_values, Cache) and not states else None
+    return out.logits[0][0], kept
 
 # %% ../nbs/base/models.ipynb #6592bffd
 def speak(model, tok, # a model and its tokenizer

@@ -33,24 +33,22 @@ class Voice:
 def listen(self:Voice, ids:list[int], on:bool=True # whether the adapter acts
           ) -> tuple[torch.Tensor, int]: # (vocabulary,) logits of what comes next, tokens that were read
     "Read a prompt, but for the beginning that was read before."
-    from transformers.cache_utils import DynamicCache, DynamicLayer
+    from transformers.cache_utils import DynamicLayer
     same = next((i for i, (a, b) in enumerate(zip(ids, self.kept)) if a != b), min(len(ids), len(self.kept)))
-    whole = self.cache is not None and all(type(l) is DynamicLayer for l in self.cache.layers)  # no sliding window
+    layers = getattr(self.cache, 'layers', None)
+    whole = bool(layers) and all(type(l) is DynamicLayer for l in layers)  # no sliding window, no state
     same = min(same, len(ids)-1) if self.on == on and whole else 0
     if same: self.cache.crop(same-len(self.kept))
-    else: self.cache = DynamicCache(config=plain_config(self.model))
-    out = self.model(input_ids=torch.tensor([ids[same:]], device=self.model.device), past_key_values=self.cache,
-                     use_cache=True, logits_to_keep=1)
+    logits, self.cache = next_logits(self.model, ids, self.cache if same else None)
     self.kept, self.on = list(ids), on
-    return out.logits[0, -1], len(ids)-same
+    return logits, len(ids)-same
 
 @patch
 def step(self:Voice, token:int) -> torch.Tensor: # (vocabulary,)
     "Read the token that was drawn."
-    out = self.model(input_ids=torch.tensor([[token]], device=self.model.device), past_key_values=self.cache,
-                     use_cache=True)
     self.kept.append(token)
-    return out.logits[0, -1]
+    logits, self.cache = next_logits(self.model, self.kept, self.cache)
+    return logits
 
 # %% ../nbs/chat/session.ipynb #07b00011
 @patch
