@@ -1,4 +1,5 @@
 "Models where the processor has 16-bit arithmetic, and where it only imitates it."
+import os, subprocess, sys, time
 import pytest, torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from yothalia import models
@@ -52,8 +53,34 @@ def test_four_bits_are_the_same_four_bits(monkeypatch, stored, tmp_path):
     here, back = load_model(stored[0], 'nf4'), load_model(str(tmp_path/'nf4'), 'nf4')
     monkeypatch.setattr(models, 'has_bf16', lambda: True)
     there = load_model(stored[0], 'nf4')
+    with pytest.raises(models.ModelError, match='say precision=nf4'): load_model(str(tmp_path/'nf4'), 'bf16')
     codes = lambda m: torch.cat([p.flatten().view(torch.uint8) for p in m.parameters() if p.dtype == torch.uint8])
     assert torch.equal(codes(here), codes(there)) and torch.equal(codes(here), codes(back)) and len(codes(here))
     ids = torch.arange(32)[None]
     with torch.inference_mode(): a, b, c = (m(ids).logits.float() for m in (here, back, there))
     assert torch.equal(a, b) and (a - c).abs().max() < .05
+
+
+def test_threads_sleep_where_others_are_at_work():
+    "A process that finds the cores busy has torch's threads sleep while they wait; what the environment says stands."
+    code = 'import os, yothalia.core as c; print(os.environ.get("OMP_WAIT_POLICY"), c.cores(), round(c.used_by_others(.3), 2))'
+    def told(**env): return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=60,
+                                           env={k: v for k, v in os.environ.items() if k not in ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT')} | env).stdout.split()
+    others = [subprocess.Popen([sys.executable, '-c', 'while True: pass']) for _ in range(os.cpu_count())]
+    try:
+        time.sleep(.5)
+        said, cores, busy = told()
+        assert said == 'PASSIVE' and float(busy) > .3 and int(cores) == len(os.sched_getaffinity(0))
+        assert told(OMP_WAIT_POLICY='ACTIVE')[0] == 'ACTIVE'
+    finally:
+        for p in others: p.kill()
+
+
+def test_sixteen_bits_by_a_trial(monkeypatch):
+    "A processor that imitates them takes several times as long, and computes in 32; noise of less than a factor of two decides nothing."
+    from yothalia import core
+    for slower, has in ((1.6, True), (9., False)):
+        monkeypatch.setattr(core, '_product_seconds', lambda kind: slower if kind == torch.bfloat16 else 1.)
+        core.has_bf16.cache_clear()
+        if not torch.cuda.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported(): assert core.has_bf16() == has
+    core.has_bf16.cache_clear()

@@ -347,7 +347,7 @@ def converted_model(folder:Path, # a model's
     with quiet(): return made_once(place, lambda new, tmp: _carry_over(folder, new, name))
 
 # %% ../nbs/base/convert.ipynb #552da0db
-_PACKED = dict(gptq='GPTQ', awq='AWQ', bitsandbytes='bitsandbytes', aqlm='AQLM', hqq='HQQ', quip='QuIP#')
+_PACKED = dict(gptq='GPTQ', awq='AWQ', aqlm='AQLM', hqq='HQQ', quip='QuIP#')
 
 def check_folder(folder:Path, name:str):
     "A `ModelError` for a model's folder that cannot be used here."

@@ -6,12 +6,12 @@
 __all__ = ['SECRET', 'is_checkout', 'project_root', 'rooted', 'package_dir', 'static', 'tidy', 'shipped', 'notebook',
            'ConfigError', 'Config', 'nearest', 'named_in', 'one_of', 'find_recipe', 'refuse_secrets', 'parameters_in',
            'configure', 'CoreConfig', 'seed_everything', 'atomic', 'uncollected', 'write_jsonl', 'read_jsonl',
-           'content_hash', 'file_sha256', 'seal', 'sealed', 'has_bf16', 'device_info', 'world', 'stop_asked',
-           'site_file', 'run_info', 'Metric', 'metric', 'save_record', 'load_records', 'record_table', 'duration',
-           'progress', 'tell_progress', 'Field']
+           'content_hash', 'file_sha256', 'seal', 'sealed', 'cores', 'used_by_others', 'share_the_machine', 'has_bf16',
+           'device_info', 'world', 'stop_asked', 'site_file', 'run_info', 'Metric', 'metric', 'save_record',
+           'load_records', 'record_table', 'duration', 'progress', 'tell_progress', 'Field']
 
 # %% ../nbs/base/core.ipynb #6d0c227c
-import difflib, functools, gc, hashlib, importlib, json, os, platform, random, re, shutil, subprocess
+import difflib, functools, gc, hashlib, importlib, json, os, platform, random, re, shutil, subprocess, sys, time
 from collections import Counter
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -266,21 +266,59 @@ def _cpu_name() -> str:
     except (OSError, TypeError): return platform.processor() or platform.machine()
 
 # %% ../nbs/base/core.ipynb #bf3f8749
+def cores() -> int:
+    "Processor cores that this process may use: by its affinity, and by the quota of its container."
+    n = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    try: quota, period = Path('/sys/fs/cgroup/cpu.max').read_text().split()
+    except (OSError, ValueError): return n
+    return n if quota == 'max' else max(1, min(n, round(int(quota)/int(period))))
+
+def used_by_others(seconds:float=.1 # how long to look
+                  ) -> float: # 0 to 1
+    "The share of this process's cores that others keep busy just now."
+    mine = os.sched_getaffinity(0) if hasattr(os, 'sched_getaffinity') else range(os.cpu_count() or 1)
+    each = psutil.cpu_percent(seconds, percpu=True)
+    return sum(each[k] for k in mine if k < len(each))/100/len(mine)
+
+# %% ../nbs/base/core.ipynb #c7742d1d
+def share_the_machine(busy:float=.25 # share of the cores in use by others from which threads sleep
+                     ):
+    "Before torch is imported: no more threads than cores, which sleep while they wait if others are at work."
+    if 'torch' in sys.modules: return
+    if cores() < (os.cpu_count() or 1): os.environ.setdefault('OMP_NUM_THREADS', str(cores()))
+    if not os.environ.keys() & {'OMP_WAIT_POLICY', 'GOMP_SPINCOUNT'} and used_by_others() > busy:
+        os.environ['OMP_WAIT_POLICY'] = 'PASSIVE'
+
+share_the_machine()
+
+# %% ../nbs/base/core.ipynb #7676a535
+def _product_seconds(kind) -> float: # of a torch dtype
+    "What a small product takes, the best of some."
+    import torch
+    a, b, best = torch.ones(128, 576, dtype=kind), torch.ones(576, 1536, dtype=kind), float('inf')
+    for _ in range(6):
+        start = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter()-start)
+    return best
+
 @functools.cache
 def has_bf16() -> bool:
     "Whether the device has 16-bit arithmetic; a CPU without imitates it, far more slowly than it computes in fp32."
     import torch
+    if torch.cuda.is_available(): return torch.cuda.is_bf16_supported(including_emulation=False)
     known = getattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported', lambda: True)
-    return torch.cuda.is_available() or bool(torch.backends.mkldnn.is_available() and known())
+    if not (torch.backends.mkldnn.is_available() and known()): return False
+    return _product_seconds(torch.bfloat16) < 2*_product_seconds(torch.float32)
 
+# %% ../nbs/base/core.ipynb #6b16f46c
 def device_info() -> dict:
     "The device that would be used, its memory in GB, the number of processor cores, and what it lacks."
     import torch
     if torch.cuda.is_available():
         p = torch.cuda.get_device_properties(0)
         return dict(device='cuda', name=p.name, memory_gb=round(p.total_memory/1e9, 1), count=torch.cuda.device_count())
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    return dict(device='cpu', name=_cpu_name(), memory_gb=round(psutil.virtual_memory().total/1e9, 1), count=cores,
+    return dict(device='cpu', name=_cpu_name(), memory_gb=round(psutil.virtual_memory().total/1e9, 1), count=cores(),
                 **{} if has_bf16() else dict(lacks='bf16'))
 
 # %% ../nbs/base/core.ipynb #83379f81

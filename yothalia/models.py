@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['PRECISIONS', 'PrecisionName', 'ALIASES', 'API', 'TRAINED_AS', 'GREEDY', 'Precision', 'known_precision', 'arithmetic',
            'quantization_config', 'is_api', 'resolve_model', 'model_name', 'parameters', 'weights_bytes', 'too_large',
-           'check_memory', 'load_tokenizer', 'widen', 'load_model', 'weight_tensors', 'load_adapter', 'plain_config',
-           'flash_fits', 'out_of_memory', 'switched', 'run_adapter', 'adapter_hash', 'run_chat_template', 'chat_said',
-           'without_habits', 'continued', 'next_logits', 'speak', 'speak_many', 'find_model', 'find_chat',
-           'find_adapter', 'find_memory', 'ModelsConfig', 'EMBEDDED', 'ModelError', 'quiet']
+           'check_memory', 'load_tokenizer', 'widen', 'held_at', 'check_held', 'load_model', 'weight_tensors',
+           'load_adapter', 'plain_config', 'flash_fits', 'out_of_memory', 'switched', 'run_adapter', 'adapter_hash',
+           'run_chat_template', 'chat_said', 'without_habits', 'continued', 'next_logits', 'speak', 'speak_many',
+           'find_model', 'find_chat', 'find_adapter', 'find_memory', 'ModelsConfig', 'EMBEDDED', 'ModelError', 'quiet']
 
 # %% ../nbs/base/models.ipynb #b3d16df2
 import functools, json, os, re
@@ -262,6 +262,22 @@ def widen(model):
         if hasattr(m, 'compute_dtype'): m.compute_dtype = torch.float32
     model.config.dtype = torch.float32
 
+# %% ../nbs/base/models.ipynb #156f787d
+def held_at(folder:str|Path) -> str: # a key of `PRECISIONS`, or '' if it is none of them
+    "The precision at which the weights of a model's folder are held, by its config.json."
+    config = json.loads((Path(folder)/'config.json').read_text(encoding='utf-8'))
+    q, kind = config.get('quantization_config'), config.get('dtype') or config.get('torch_dtype')
+    if not q: return {'bfloat16': 'bf16', 'float32': 'fp32'}.get(kind, '')
+    if q.get('load_in_8bit'): return 'int8'
+    same = lambda p: all(q.get(k) == v for k, v in p.bnb.items() if k != 'bnb_4bit_compute_dtype')
+    return next((k for k, p in PRECISIONS.items() if p.bnb and same(p)), '')
+
+def check_held(name:str, place:str, precision:str):
+    "A `ModelError` for weights that were saved quantized, and not at the precision that is asked for."
+    held = held_at(place) if (Path(place)/'config.json').exists() else ''
+    if held and PRECISIONS[held].bnb and held != precision:
+        raise ModelError(f'{name} was saved with its weights held at {held}: say precision={held}.')
+
 # %% ../nbs/base/models.ipynb #9b773805
 def load_model(name:str=EMBEDDED, # alias, hub id or local folder
                precision:str='bf16', # a key of `PRECISIONS`
@@ -273,6 +289,7 @@ def load_model(name:str=EMBEDDED, # alias, hub id or local folder
     import torch
     from transformers import AutoModelForCausalLM
     precision, place = known_precision(precision), resolve_model(name)
+    check_held(name, place, precision)
     if Path(place).is_dir() and not device: check_memory(place, precision)
     kw = dict(dtype=torch.float32 if precision == 'fp32' else torch.bfloat16,
               device_map=device or device_info()['device'], use_safetensors=True)
