@@ -162,3 +162,11 @@ def test_the_main_road_needs_nothing_fast():
     while todo:
         if (m := todo.pop()) not in seen: seen.add(m); todo += of[m]
     assert not seen & {*'decoding adapters engine behind serve page validity specificity templates sweep speed load'.split()}, seen
+
+
+@pytest.mark.parametrize('step', JOBS)
+def test_papermill_reads_the_parameters(step):
+    "papermill's own reading of a parameters cell, which is narrower than Python's, finds every one of them."
+    import papermill
+    path = job_notebook(step)
+    assert set(papermill.inspect_notebook(str(path))) == set(notebook_parameters(path))

@@ -67,28 +67,34 @@ def takes(defaults:dict, # option → default, which says its type
         return f
     return decorate
 
+# %% ../nbs/run/commands.ipynb #90270bc1
+def _rate() -> float: # FLOP/s
+    from yothalia.check import machine_rate
+    return machine_rate()
+
 # %% ../nbs/run/commands.ipynb #e9c30a39
 @app.command()
 def run(recipe: Recipe='', parameter: Parameters=[], name: Name='default', steps: Steps=[],
         again: Annotated[bool, typer.Option('--again', help='do finished steps again')]=False,
+        whole: Annotated[bool, typer.Option('--whole', help='all of the recipe, however long it takes here')]=False,
         list_: Annotated[str, typer.Option('--list',
                                            help='show the parameters of a step, or "steps", and do nothing')]=''):
     "Run the road: data, LoRA, quantization, benchmark, profiling; then show the results."
     with one_sentence() as console:
-        if list_:
-            show_parameters(list_, console)
-            return
+        if list_: return show_parameters(list_, console)
         folder = rooted('_runs')/name
-        recipe = recipe or default_recipe(parameter, folder)
-        given = wanted(read_yaml(find_recipe(recipe)), [*parameter, f'out={tidy(folder)}'], listed(steps))
-        needs_rows(given, folder)
-        planned = planned_for(folder, given)
+        asked = read_yaml(find_recipe(recipe or default_recipe(parameter, folder)))
+        own, some = [*parameter, f'out={tidy(folder)}'], listed(steps)
+        needs_rows(wanted(asked, own, some), folder)
+        asked, said = (asked, '') if whole else sized(asked, folder, _rate)
+        planned = planned_for(folder, wanted(asked, own, some))
         keys = step_keys(planned, folder)
         todo = {s: c for s, c in planned.items() if again or not is_done(folder, s, keys[s])}
         look_first(todo)
         if '01_data' in todo:
             from yothalia.check import short_check
             short_check(config_class('01_data')(**todo['01_data'].model_dump()), console)
+        if said: console.print(said, style='dim', markup=False, highlight=False, soft_wrap=True)
         run_all(planned, folder, console, again)
         from yothalia.report import show_results
         show_results(folder, console)

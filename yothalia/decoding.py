@@ -298,7 +298,8 @@ def decodes_together(model, room:int=2048) -> bool:
 
 def decoder_of(model, places:int=16, room:int=2048, on:bool=True, adapters=None) -> Decoder|Alone:
     "What decodes a model's replies: together where that is right, else each alone."
-    return (Decoder if decodes_together(model, room) else Alone)(model, places, room, on, adapters)
+    together = took('decoding', 'together' if decodes_together(model, room) else 'alone') == 'together'
+    return (Decoder if together else Alone)(model, places, room, on, adapters)
 
 # %% ../nbs/chat/decoding.ipynb #02f00021
 @torch.inference_mode()

@@ -196,7 +196,7 @@ def packing_way(model # a causal language model, with or without an adapter
         ways = ['packed', 'positions'] if can_pack(inner) else ['positions']
         way = inner.__dict__['_packing_way'] = next((w for w in ways if _holds(inner, w)), 'single')
         inner.train(mode)
-    return way
+    return took('packing', way)
 
 # %% ../nbs/lora/packing.ipynb #37dbbd01
 @contextmanager

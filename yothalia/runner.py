@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['JOBS', 'STEPS', 'MIN_DISK', 'PLAIN_ERRORS', 'Job', 'RunError', 'room', 'job_of', 'job_notebook', 'known_steps',
-           'notebook_parameters', 'parameters_cell', 'parameter_table', 'refuse_unknown', 'wanted', 'default_recipe',
-           'needs_rows', 'config_class', 'checked', 'plan', 'Kept', 'code_hash', 'planned_for', 'refuse_away',
-           'look_first', 'step_keys', 'done_mark', 'is_done', 'without_lessons', 'Interrupted', 'ProgressFile',
-           'kernel_options', 'explained', 'run_notebook', 'run_all', 'run_step']
+           'notebook_parameters', 'parameters_cell', 'parameter_table', 'refuse_unknown', 'wanted', 'Within', 'sized',
+           'default_recipe', 'needs_rows', 'config_class', 'checked', 'plan', 'Kept', 'code_hash', 'planned_for',
+           'refuse_away', 'look_first', 'step_keys', 'done_mark', 'is_done', 'without_lessons', 'Interrupted',
+           'ProgressFile', 'kernel_options', 'explained', 'run_notebook', 'run_all', 'run_step']
 
 # %% ../nbs/run/runner.ipynb #64c1528f
 import ast, functools, importlib, json, os, re, shutil, tempfile, threading, time
@@ -161,8 +161,32 @@ def _sections(recipe:dict) -> tuple[dict,dict]: # what holds for all steps; step
     for k, v in recipe.items():
         step = job_of(k) if isinstance(v, dict|None) and (k in JOBS or k[:2].isdigit()) else None
         if step: own[step] = dict(v or {})
-        elif k != 'steps': shared[k] = v
+        elif k not in ('steps', 'within'): shared[k] = v
     return shared, own
+
+# %% ../nbs/run/runner.ipynb #e3079663
+class Within(Config):
+    "How long a recipe may take, and what may shrink for that."
+    minutes: float = Field(gt=0)  # that it may take
+    takes: float = Field(gt=0)    # minutes that it takes in full
+    at: float = Field(gt=0)       # on a machine that multiplies so many GFLOP/s
+    less: dict[str, int]          # step.parameter → its value in full
+
+def sized(recipe:dict, folder:Path, rate # of the run; a function that measures FLOP/s
+         ) -> tuple[dict, str]: # the recipe, what to say
+    "A recipe as large as the machine can do in its time."
+    if 'within' not in recipe: return recipe, ''
+    w, file = configure(Within, recipe['within']), folder/'sized.json'
+    minutes = (json.loads(file.read_text(encoding='utf-8'))['minutes'] if file.exists()
+               else round(w.takes*w.at*1e9/rate(), 1))
+    with atomic(file) as f: f.write_text(json.dumps(dict(minutes=minutes)), encoding='utf-8')
+    if minutes <= w.minutes: return recipe, f'This takes about {minutes:.0f} minutes on this machine.'
+    out, small = dict(recipe), {k: max(1, round(n*w.minutes/minutes)) for k, n in w.less.items()}
+    for k, n in small.items():
+        step, name = k.split('.')
+        out[step] = {**(out.get(step) or {}), name: n}
+    said = ', '.join(f'{k} {n} of {w.less[k]}' for k, n in small.items())
+    return out, f'In full this would take about {minutes:.0f} minutes here, so less is done: {said}. All of it: --whole'
 
 # %% ../nbs/run/runner.ipynb #f590367a
 def default_recipe(given=(), # `name=value` or `step.name=value`

@@ -361,8 +361,10 @@ def score_items(model, items:list[Item], # any decoder-only model, plain, quanti
     if model not in _checked: _checked[model] = unfit(model, items)
     if why := _checked[model]:
         warnings.warn(f'this model is scored the plain way, several times slower: {why}')
+        took('scoring', 'plain')
         yield from ((k, plain_scores(model, i)) for k, i in enumerate(items) if k not in done)
         return
+    took('scoring', 'tree')
     seen = set(done)
     try:
         for k, s in tree_scores(model, items, budget or auto_budget(model), done):
