@@ -104,20 +104,24 @@ def guess_parameters(model:str) -> float|None:
     return float(found[1])*(1e9 if found[2] == 'b' else 1e6) if found else None
 
 # %% ../nbs/run/check.ipynb #94243f9a
-def machine_rate(seconds:float=.5 # how long to look
+def machine_rate(seconds:float=2. # how long to look
                 ) -> float: # FLOP/s
-    "What the machine multiplies just now, others that are at work there included."
+    "What the machine makes of a small layer, forth and back, just now: others that are at work there included."
     import time, torch
     gpu, n = torch.cuda.is_available(), 0
-    a = torch.randn(*([4096]*2 if gpu else [1024]*2), device='cuda' if gpu else 'cpu').to(arithmetic())
-    a @ a
-    if gpu: torch.cuda.synchronize()
-    start = time.perf_counter()
-    while (took := time.perf_counter()-start) < seconds or not n:
-        a @ a
+    wide = 4096 if gpu else 576
+    x, up, down = (torch.ones(s, dtype=arithmetic(), device='cuda' if gpu else 'cpu')
+                   for s in ((512, wide), (wide, 2*wide), (2*wide, wide)))
+    def go():
+        y = torch.nn.functional.silu(x.requires_grad_() @ up) @ down
+        y.sum().backward()
         if gpu: torch.cuda.synchronize()
+    go()
+    start = time.perf_counter()
+    while (took := time.perf_counter()-start) < seconds:
+        go()
         n += 1
-    return 2*a.shape[0]**3*n/took
+    return 16*512*wide**2*n/took
 
 def cost(done:dict, model:str=EMBEDDED, epochs:float=1) -> str:
     "Time and memory of a training on all training rows, in words."
@@ -125,7 +129,7 @@ def cost(done:dict, model:str=EMBEDDED, epochs:float=1) -> str:
     if not n: return f'not known: neither a folder nor the name of {model} tells its size'
     tokens = sum(guess_tokens(r['user'] + r['reply'] + ' '*24, model) + .3*guess_tokens(r['instruction'] or '', model)
                  for r in done['train'])
-    share, device = (.05, 'GPU') if device_info()['device'] == 'cuda' else (.3, 'CPU') # that a training reaches
+    share, device = (.05, 'GPU') if device_info()['device'] == 'cuda' else (.25, 'CPU') # that a training reaches
     seconds, need = tokens*epochs*4*n/(machine_rate()*share), n*arithmetic().itemsize/1e9 + 2
     imitates = '' if has_bf16() else ' (which has no 16-bit arithmetic: it computes in fp32)'
     return (f'training on {len(done["train"]):,} rows, about {tokens/1e3:,.0f} thousand tokens: '
