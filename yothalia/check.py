@@ -123,6 +123,7 @@ def machine_rate(seconds:float=2. # how long to look
         n += 1
     return 16*512*wide**2*n/took
 
+# %% ../nbs/run/check.ipynb #0daf7952
 def cost(done:dict, model:str=EMBEDDED, epochs:float=1) -> str:
     "Time and memory of a training on all training rows, in words."
     n = guess_parameters(model)
