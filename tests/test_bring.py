@@ -5,7 +5,7 @@ import pytest, torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from yothalia.convert import ModelError, converted_model, quiet
 from yothalia.core import ConfigError, read_jsonl, rooted
-from yothalia.models import find_chat, load_model, load_tokenizer, resolve_model
+from yothalia.models import find_chat, load_model, load_tokenizer, parameters, resolve_model
 from yothalia.prompts import PERSONA, encode, encode_chain
 from yothalia.rendering import CHAT_TEMPLATES, reply_place, stop_ids, text_ids
 from yothalia.rows import lesson_rows
@@ -127,6 +127,7 @@ def test_a_base_model_is_asked_for_a_form(home):
     find_chat(folder, 'plain')
     find_chat(str(shipped(home, 'internlm', KINDS['internlm'])[0]))
     with pytest.raises(ModelError, match='no chat template'): load_tokenizer(folder)
+    assert abs(parameters(folder)[0] - 2*sum(parameters(resolve_model(folder)))) < 20_000 # these have four bytes each
     run = [str(BIN/'yothalia'), 'run', '-p', 'data=lesson', '-p', f'model={folder}', '--steps', '01_data,02_lora', '--name', 'test-base']
     got = subprocess.run(run, capture_output=True, text=True, timeout=120)
     assert got.returncode and 'choose one by chat_template' in got.stdout + got.stderr and not rooted('_runs/test-base/data').exists()

