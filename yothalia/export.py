@@ -14,6 +14,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from .core import *
+from .convert import cache_dir, fetch_wheel, gguf_architecture, made_once
 from .models import *
 import pandas as pd, yaml
 from .files import DataError

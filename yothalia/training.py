@@ -220,6 +220,18 @@ def choose_size(self:Training):
 
 # %% ../nbs/lora/training.ipynb #02c0000e4
 @patch
+def forget_graphs(self:Training):
+    "Give the recorded graphs up, and the memory that was set apart for them."
+    self.graphs.clear()
+    self.sizes = []
+    if self.pool is None: return
+    self.pool = None
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    self.pool = torch.cuda.MemPool()
+
+# %% ../nbs/lora/training.ipynb #e00b4479
+@patch
 def shrink(self:Training):
     "Memory is full: smaller packs, then layers computed again, then an error that says what else there is."
     longest = max(self.lengths)
@@ -231,8 +243,7 @@ def shrink(self:Training):
         self.size = longest
     else: raise TrainError(f'Memory is full, even with one conversation of {longest} tokens at a time: '
                            'lower max_tokens, or choose nf4 or a smaller model.')
-    self.sizes = []
-    self.graphs.clear()
+    self.forget_graphs()
 
 # %% ../nbs/lora/training.ipynb #02c0000e6
 def padded_pack(p:Packed, tokens:int, examples:int, targets:int, # what it shall have of each
@@ -356,11 +367,18 @@ def learning_rate(self:Training, i:int) -> float:
 
 # %% ../nbs/lora/training.ipynb #02c0000fu
 @patch
+def full(self:Training, e:Exception) -> bool:
+    "Whether a capture broke off because memory was full, which its own error does not say."
+    if 'capture' not in str(e) or self.device.type != 'cuda': return False
+    free, total = torch.cuda.mem_get_info(self.device)
+    return free < .1*total
+
+# %% ../nbs/lora/training.ipynb #5eb0dd80
+@patch
 def take_step(self:Training) -> torch.Tensor: # the norm of the gradient, on the device
     "One step of the optimizer; where memory is full, with smaller packs."
-    i = self.at.step
+    i, before = self.at.step, self.loss.clone()
     total = sum(self.targets[k] for k in self.batches[i])
-    before = self.loss.clone()
     while True:
         try:
             # dropout, the same after an interruption
@@ -368,8 +386,10 @@ def take_step(self:Training) -> torch.Tensor: # the norm of the gradient, on the
             for p in self.packs(i): self.micro(p, total)
             break
         except Exception as e:
-            if out_of_memory(e): self.shrink()
-            elif self.graphs_fit and 'capture' in str(e): self.graphs_fit = False  # something cannot be recorded
+            if out_of_memory(e) or self.full(e): self.shrink()
+            elif self.graphs_fit and 'capture' in str(e): # something cannot be recorded
+                self.graphs_fit = False
+                self.forget_graphs()
             else: raise
             self.flat.sum.zero_()
             self.flat.grad.zero_()
