@@ -83,7 +83,7 @@ print("STEPS", counts["steps"], "SAME", all(torch.equal(v, whole[k]) for k, v in
 def test_two_processes_convert_the_model_at_once(tmp_path):
     "Both get the same whole model; a damaged cache is noticed and made again."
     env = {**os.environ, 'YOTHALIA_CACHE': str(tmp_path)}
-    code = 'from yothalia.models import *; print(embedded_model())'
+    code = 'from yothalia.convert import *; print(embedded_model())'
     both = [subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code], env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     outs = [p.communicate(timeout=300) for p in both]
     assert all(p.returncode == 0 for p in both), outs

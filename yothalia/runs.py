@@ -47,8 +47,8 @@ class Run:
     precision: str = 'bf16'  # a key of `PRECISIONS`
     adapter: str = 'auto'    # a folder; 'auto' for the run's own, if there is one; empty for none
     template: str = 'auto'   # how the persona is told; 'auto' for what the run chose
-    chat_template: str = 'auto' # how chats are written; 'auto' for the adapter's own, else the model's
     seed: int = 0
+    chat_template: str = 'auto' # how chats are written; 'auto' for the adapter's own, else the model's
     @property
     def folder(self) -> Path: return rooted(self.out)
     @property

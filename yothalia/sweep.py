@@ -248,7 +248,7 @@ def learnt(cfg:LoraConfig, rows:list[dict], tok, told:Template) -> dict[str,dict
 
 def one_setting(cfg:SweepConfig, asked:dict, train:list[dict], s:Setting, key:str) -> dict: # a record
     "Train with one setting, measure, and write the record."
-    run, counted = Run(cfg.out, cfg.model, cfg.precision, '', cfg.template, cfg.seed), {}
+    run, counted = Run(cfg.out, cfg.model, cfg.precision, '', cfg.template, cfg.seed, cfg.chat_template), {}
     told = drawn_from(find_template(run.told), train)
     if s.changed is not None:
         lora = lora_config(cfg, s.changed)
