@@ -3,6 +3,7 @@ import os, subprocess, sys, time
 import pytest, torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from yothalia import models
+from yothalia.core import cores
 from yothalia.models import arithmetic, load_model, quantization_config, weights_bytes
 
 
@@ -63,14 +64,15 @@ def test_four_bits_are_the_same_four_bits(monkeypatch, stored, tmp_path):
 
 def test_threads_sleep_where_others_are_at_work():
     "A process that finds the cores busy has torch's threads sleep while they wait; what the environment says stands."
+    if cores() < os.cpu_count(): pytest.skip('only a share of this machine is ours')
     code = 'import os, yothalia.core as c; print(os.environ.get("OMP_WAIT_POLICY"), c.cores(), round(c.used_by_others(.3), 2))'
     def told(**env): return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=60,
                                            env={k: v for k, v in os.environ.items() if k not in ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT')} | env).stdout.split()
     others = [subprocess.Popen([sys.executable, '-c', 'while True: pass']) for _ in range(os.cpu_count())]
     try:
         time.sleep(.5)
-        said, cores, busy = told()
-        assert said == 'PASSIVE' and float(busy) > .3 and int(cores) == len(os.sched_getaffinity(0))
+        said, n, busy = told()
+        assert said == 'PASSIVE' and float(busy) > .3 and int(n) == cores()
         assert told(OMP_WAIT_POLICY='ACTIVE')[0] == 'ACTIVE'
     finally:
         for p in others: p.kill()
