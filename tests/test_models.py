@@ -86,3 +86,20 @@ def test_sixteen_bits_by_a_trial(monkeypatch):
         core.has_bf16.cache_clear()
         if not torch.cuda.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported(): assert core.has_bf16() == has
     core.has_bf16.cache_clear()
+
+
+@pytest.mark.parametrize('worn', [False, True])
+def test_habits_of_a_model_are_left_at_home(worn):
+    "What its generation_config says of repetition and sampling changes nothing, with an adapter on it neither; and it is there afterwards."
+    from peft import LoraConfig, get_peft_model
+    from yothalia.models import EMBEDDED, continued, load_tokenizer
+    tok, m = load_tokenizer(EMBEDDED), load_model(EMBEDDED, 'fp32')
+    if worn: m = get_peft_model(m, LoraConfig(task_type='CAUSAL_LM', target_modules=['q_proj']))
+    prompt = [tok.apply_chat_template([dict(role='user', content='Say hello, hello, hello.')], tokenize=False, add_generation_prompt=True)]
+    def said(**how): return torch.manual_seed(0) and continued(m, tok, prompt, 24, **how).tolist()
+    ways = {}, dict(do_sample=True, temperature=1.5, top_p=1.)
+    before = [said(**w) for w in ways]
+    habits = getattr(m, 'get_base_model', lambda: m)().generation_config
+    habits.repetition_penalty, habits.top_k, habits.no_repeat_ngram_size, habits.min_p = 3., 2, 2, .5
+    assert [said(**w) for w in ways] == before
+    assert getattr(m, 'get_base_model', lambda: m)().generation_config.repetition_penalty == 3.
