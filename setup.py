@@ -34,6 +34,6 @@ setup(
     packages=find_packages(include=['yothalia', 'yothalia.*']),
     package_data={'yothalia': ['sample/*.jsonl', 'static/*']}, cmdclass=dict(build_py=WithNotebooks),
     python_requires='>=' + cfg['min_python'], install_requires=cfg['requirements'].split(),
-    extras_require={'dev': cfg['dev_requirements'].split()},
+    extras_require={k: cfg[f'{k}_requirements'].split() for k in ('dev', 'gpu')},
     entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
 )

@@ -3,8 +3,10 @@ import os, subprocess, sys, time
 import pytest, torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from yothalia import models
-from yothalia.core import cores
-from yothalia.models import arithmetic, load_model, quantization_config, weights_bytes
+from yothalia.core import ConfigError, configure, cores
+from yothalia.models import ModelError, arithmetic, load_model, quantization_config, weight_tensors, weights_bytes
+from yothalia.decoding import decodes_together
+from yothalia.lora import LoraConfig, add_lora
 
 
 @pytest.fixture(scope='module')
@@ -103,3 +105,33 @@ def test_habits_of_a_model_are_left_at_home(worn):
     habits.repetition_penalty, habits.top_k, habits.no_repeat_ngram_size, habits.min_p = 3., 2, 2, .5
     assert [said(**w) for w in ways] == before
     assert getattr(m, 'get_base_model', lambda: m)().generation_config.repetition_penalty == 3.
+
+
+@pytest.mark.parametrize('has', [True, False])
+def test_eight_bit_weights_of_torchao(monkeypatch, has, stored, tmp_path):
+    pytest.importorskip('torchao')
+    monkeypatch.setattr(models, 'has_bf16', lambda: has)
+    folder, adapter = stored[0], tmp_path/'adapter'
+    learnt = add_lora(load_model(folder, 'fp32'), LoraConfig(rank=4))
+    for n, p in learnt.named_parameters():
+        if 'lora_B' in n: p.data.normal_(std=.3)
+    learnt.save_pretrained(adapter)
+    exact, held = (load_model(folder, p, adapter) for p in ('bf16', 'int8-wo'))
+    assert held.dtype == arithmetic('int8-wo') == (torch.bfloat16 if has else torch.float32)
+    linear = sum(p.numel() for n, p in exact.named_parameters() if 'base_layer' in n)
+    less = sum(t.nbytes for t in weight_tensors(exact)) - sum(t.nbytes for t in weight_tensors(held))
+    assert .7 < less/linear/(1 if has else 3) <= 1  # a byte of each weight, or three, less what the scales take
+    ids = torch.arange(2, 40)[None]
+    with torch.inference_mode():
+        a, b = (m(input_ids=ids).logits.float() for m in (exact, held))
+        with held.disable_adapter(): without = held(input_ids=ids).logits.float()
+    assert 0 < (a-b).abs().mean() < .1*a.std() < (b-without).abs().mean()  # rounded a little; the adapter acts
+    assert decodes_together(held)
+
+
+def test_a_precision_without_its_library_or_its_gpu(monkeypatch, stored):
+    if not torch.cuda.is_available():
+        with pytest.raises(ModelError, match='int4-wo needs an NVIDIA GPU of compute capability 8.0'): load_model(stored[0], 'int4-wo')
+    monkeypatch.setattr(models, 'find_spec', lambda name: None)
+    with pytest.raises(ModelError, match=r"int8-wo needs torchao: pip install 'yothalia\[gpu\]'"): load_model(stored[0], 'int8-wo')
+    with pytest.raises(ConfigError, match='fp8 is for speaking: train at bf16 or nf4'): configure(LoraConfig, dict(precision='fp8'))

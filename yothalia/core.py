@@ -7,8 +7,8 @@ __all__ = ['SECRET', 'TRIED', 'is_checkout', 'project_root', 'rooted', 'package_
            'ConfigError', 'Config', 'nearest', 'named_in', 'one_of', 'find_recipe', 'refuse_secrets', 'parameters_in',
            'configure', 'CoreConfig', 'seed_everything', 'atomic', 'uncollected', 'write_jsonl', 'read_jsonl',
            'content_hash', 'file_sha256', 'seal', 'sealed', 'cores', 'used_by_others', 'share_the_machine', 'has_bf16',
-           'device_info', 'world', 'stop_asked', 'site_file', 'took', 'run_info', 'Metric', 'metric', 'save_record',
-           'load_records', 'record_table', 'duration', 'progress', 'tell_progress', 'Field']
+           'device_info', 'world', 'stop_asked', 'site_file', 'took', 'run_info', 'Metric', 'metric', 'median_metric',
+           'save_record', 'load_records', 'record_table', 'duration', 'progress', 'tell_progress', 'Field']
 
 # %% ../nbs/base/core.ipynb #6d0c227c
 import difflib, functools, gc, hashlib, importlib, json, os, platform, random, re, shutil, subprocess, sys, time
@@ -348,7 +348,8 @@ def took(what:str, way:str) -> str: # the way
 def run_info(params:dict # every parameter of the run
             ) -> dict:
     "How a number came about: commit, time, device, library versions, parameters."
-    libs = ['torch', 'transformers', 'peft', 'bitsandbytes', 'accelerate', 'datasets']
+    libs = ['torch', 'transformers', 'peft', 'bitsandbytes', 'torchao', 'accelerate', 'datasets', 'liger-kernel', 'trl',
+            'unsloth']
     versions = {'python': platform.python_version(), 'yothalia': importlib.import_module('yothalia').__version__}
     for l in libs:
         try: versions[l] = importlib.metadata.version(l)
@@ -375,6 +376,14 @@ def metric(value:float, # the measured value
           ) -> Metric:
     "One measured value with what is needed to believe it."
     return Metric(value=value, n=n, interval=None if low is None else [low, high], unit=unit)
+
+# %% ../nbs/base/core.ipynb #ea2111cf
+def median_metric(values, unit:str) -> Metric: # several measurements of the same thing
+    """The median of repeated timings; its interval is their range, which holds the true median with probability
+    1 - 2^(1-n): 94% for five."""
+    v = sorted(map(float, values))
+    mid = (v[len(v)//2] + v[(len(v)-1)//2])/2
+    return metric(mid, unit, len(v), v[0], v[-1]) if len(v) > 1 else metric(mid, unit)
 
 # %% ../nbs/base/core.ipynb #3ff05e34
 def save_record(path:str|Path, # the record's JSON file

@@ -27,6 +27,7 @@ from .tuned import *
 # %% ../nbs/02_lora.ipynb #91f8819d
 class LoraConfig(ToldConfig):
     "Parameters of this room."
+    precision: TrainedPrecision = 'bf16'
     train_rows: int = Field(0, ge=0)
     valid_rows: int = Field(0, ge=0)
     epochs: float = Field(3.0, gt=0, le=100)

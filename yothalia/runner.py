@@ -17,7 +17,7 @@ import yaml
 from filelock import FileLock, Timeout
 from rich.console import Console
 from .core import *
-from .models import find_adapter, find_chat, find_memory, find_model, is_api, run_chat_template
+from .models import find_adapter, find_chat, find_memory, find_model, find_precision, is_api, run_chat_template
 
 # %% ../nbs/run/runner.ipynb #91c8a2cd
 @dataclass(frozen=True)
@@ -271,6 +271,7 @@ def look_first(planned:dict[str,Config]):
     for m in dict.fromkeys(c.model for c in local): find_model(m)
     for c in local:
         if hasattr(c, 'chat_template'): find_chat(c.model, run_chat_template(c.out, c.chat_template))
+        for p in getattr(c, 'precisions', None) or [getattr(c, 'precision', 'bf16')]: find_precision(p)
         if hasattr(c, 'precision'): find_memory(c.model, c.precision)
         if getattr(c, 'adapter', 'auto') not in ('auto', ''): find_adapter(c.adapter)
     runs = rooted('_runs')

@@ -44,7 +44,7 @@ class SpeedConfig(Config):
     out: str = '_runs/demo'
     models: list[str] = ['smollm2-135m']
     trainers: list[Literal['ours', 'ours-fp8', 'without-liger', 'padded', 'trl']] = ['ours', 'padded']
-    precision: PrecisionName = 'bf16'
+    precision: TrainedPrecision = 'bf16'
     rows: int = Field(64, ge=1)
     batch: int = Field(8, ge=1)
     steps: int = Field(10, ge=1)
