@@ -84,7 +84,7 @@ def rising(t:Training, lowest:float, highest:float, steps:int) -> list[dict]:
     "Steps with a learning rate that grows by the same factor each time."
     rates = np.geomspace(lowest, highest, steps)
     t.learning_rate = lambda i: float(rates[min(i, steps-1)])
-    t.batches = step_batches(len(t.train), t.args.batch, math.ceil(steps*t.args.batch/len(t.train)),
+    t.batches = step_batches(t.lengths, t.args.batch, math.ceil(steps*t.args.batch/len(t.train)),
                              t.args.seed)[:steps]
     before = np.array(example_nll(t.model, t.train))
     t.model.train()
