@@ -100,13 +100,17 @@ def model_of(name:str, cfg:SpeedConfig): # a PeftModel
         seed_everything(cfg.seed)
     return m
 
+def _folded(example:dict, vocabulary:int) -> dict:
+    "Its ids in another vocabulary."
+    return {k: [i if i == -100 else i % vocabulary for i in example[k]] for k in ('input_ids', 'labels')}
+
 def speed_rows(cfg:SpeedConfig, vocabulary:int) -> list[dict]: # examples, in the order in which they are trained
     "Examples of the file's rows, as many as the steps need; the ids of another vocabulary are folded into this one."
     tok, some = load_tokenizer(EMBEDDED), list(load_split(cfg.out, 'train'))[:cfg.rows]
     made = list(examples(some, tok, token_budget(some, tok), 1.)[0])
-    fold = lambda ids: [i if i == -100 else i % vocabulary for i in ids]
-    rows = [{k: fold(made[i % len(made)][k]) for k in ('input_ids', 'labels')} for i in range(cfg.batch*(cfg.steps+1))]
-    return [rows[i] for b in step_batches([len(r['input_ids']) for r in rows], cfg.batch) for i in b]
+    rows = [made[i % len(made)] for i in range(cfg.batch*(cfg.steps+1))]
+    order = sum(step_batches([len(r['input_ids']) for r in rows], cfg.batch), [])
+    return [_folded(rows[i], vocabulary) for i in order]
 
 # %% ../nbs/studies/speed.ipynb #02d0000d
 def train_ours(model, data:list[dict], cfg:SpeedConfig, liger:bool=True, fp8:bool=False
