@@ -274,7 +274,8 @@ def _windows(model, room:int) -> bool:
 
 def _bound(model) -> float:
     "How far logits may be apart, of how much they scatter, by the precision in which they are computed."
-    if any(type(m).__name__ == 'Linear8bitLt' for m in model.modules()): return 1. # rounds by what stands beside it
+    kinds = {type(o).__name__ for m in model.modules() for o in (m, getattr(m, 'weight', None))}
+    if kinds & {'Linear8bitLt', 'Float8Tensor'}: return 1. # inputs too are rounded to eight bits
     return 1e-3 if model.dtype == torch.float32 else .3
 
 def _trial(decoder, prompts, tokens:list|None=None, steps:int=4) -> tuple[torch.Tensor, list]:
