@@ -3,11 +3,12 @@ import numpy as np, pytest, torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from yothalia.decoding import decoder_of
+from yothalia.decoding import decoder_of, decodes_together
 from yothalia.fused import fuse
 from yothalia.lora import with_lora
 from yothalia.convert import quiet
 from yothalia.session import Voice
+from yothalia.scoring import Item, unfit
 from yothalia.packing import example_nll, pack_examples, pack_lengths, pack_nll, packed, packing_way
 
 BASE = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, vocab_size=2048, max_position_embeddings=2048,
@@ -111,3 +112,18 @@ def test_a_talk(kind):
                 assert (logits - right).abs().max() < 1e-3*right.std() + 1e-4, kind
                 ids.append(int(right.argmax()))
                 logits = voice.step(ids[-1])
+
+
+@pytest.mark.parametrize('kind', FAMILIES)
+def test_rounding_tells_right_from_wrong(kind):
+    "In scoring and in decoding: what is right is as near as rounding explains, what is wrong is not, in 16 bits as in 32."
+    draw, together = np.random.default_rng(0), []
+    words = lambda low, high: draw.integers(4, 2000, int(draw.integers(low, high))).tolist()
+    items = [Item(words(30, 60), [words(8, 30) for _ in range(5)]) for _ in range(32)]
+    slides, sees = 'sliding_window' in FAMILIES[kind][0], kind in ('falcon', 'lfm2', 'granitemoehybrid', 'qwen3_next')
+    for dtype in (torch.float32, torch.bfloat16):
+        model = shape(kind).to(dtype)
+        with torch.inference_mode(), quiet(): why = unfit(model, items)
+        together.append(decodes_together(model, 64))
+        assert ('window' in why) == slides and ('times as much as rounding' in why) == sees and bool(why) == (slides or sees), (dtype, why)
+    assert together[0] == together[1]

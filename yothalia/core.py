@@ -15,10 +15,14 @@ import difflib, functools, gc, hashlib, importlib, json, os, platform, random, r
 from collections import Counter
 from contextlib import contextmanager
 from datetime import datetime, timezone
+from logging import getLogger
 from pathlib import Path
 from typing import Annotated
 import psutil
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+for _noisy in ('bitsandbytes', 'torchao', 'torch.utils._pytree'): # of kernels and registrations that nobody misses
+    getLogger(_noisy).setLevel('ERROR')
 
 # %% ../nbs/base/core.ipynb #94bb1d66
 def is_checkout(folder:Path) -> bool:

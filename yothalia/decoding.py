@@ -272,12 +272,6 @@ def _windows(model, room:int) -> bool:
     sizes = [getattr(cfg, k, None) for k in ('sliding_window', 'attention_chunk_size', 'attention_window_size')]
     return any(w and w < room for w in sizes) and bool(kinds or getattr(cfg, 'use_sliding_window', True))
 
-def _bound(model) -> float:
-    "How far logits may be apart, of how much they scatter, by the precision in which they are computed."
-    kinds = {type(o).__name__ for m in model.modules() for o in (m, getattr(m, 'weight', None))}
-    if kinds & {'Linear8bitLt', 'Float8Tensor'}: return 1. # inputs too are rounded to eight bits
-    return 1e-3 if model.dtype == torch.float32 else .3
-
 def _trial(decoder, prompts, tokens:list|None=None, steps:int=4) -> tuple[torch.Tensor, list]:
     "Logits of some steps, (steps, prompts, vocabulary), and the tokens that were fed: the likeliest, or those given."
     step = decoder.plain_step if isinstance(decoder, Decoder) else decoder.step
@@ -297,10 +291,11 @@ def decodes_together(model, room:int=2048) -> bool:
         words, draw = plain_config(model).get_text_config().vocab_size, torch.Generator().manual_seed(0)
         prompts = [torch.randint(min(words, 4), min(words, 30_000), (n,), generator=draw).tolist() for n in (7, 19)]
         right, fed = _trial(Alone(model, 2, 64), prompts)
+        with shaken(model): moved, _ = _trial(Alone(model, 2, 64), prompts, fed)
         try: mine, _ = _trial(Decoder(model, 2, 64), prompts, fed)
         except NameError: raise
         except Exception: mine = torch.full_like(right, torch.inf)  # it cannot do it this way
-        inner.__dict__['_together'] = bool((mine-right).abs().max() <= _bound(model)*right.std())
+        inner.__dict__['_together'] = apart(mine, right, moved) < ROUNDING
     return inner.__dict__['_together']
 
 def decoder_of(model, places:int=16, room:int=2048, on:bool=True, adapters=None) -> Decoder|Alone:

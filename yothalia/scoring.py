@@ -16,11 +16,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from operator import attrgetter
 from weakref import WeakKeyDictionary
+from .core import *  # before transformers
+from .models import *
 import numpy as np, pandas as pd, psutil, torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from .core import *
-from .models import *
 
 # %% ../nbs/benchmark/scoring.ipynb #68cfab20
 @dataclass
@@ -330,15 +330,15 @@ def unfit(model, items:list[Item]) -> str: # why the tree cannot be used, or ''
     by_size = sorted(map(_short, items[:32]), key=lambda i: i.size)
     one, two = by_size[len(by_size)//2], by_size[0]
     few = [one, Item(one.context[:-1]+two.context[-1:], two.choices)]  # two items with a card in common
-    # nats for each root of a token: what is rounded at random adds up like that
-    close = .5
-    if model.dtype == torch.float32: close = 1e-3
+    # what is rounded at random adds up with the root of a reply's tokens
+    root = np.sqrt([len(c) for i in few for c in i.choices])
     try: got = dict(tree_scores(model, few, max(i.size for i in few)))
     except Exception as e: return f'{type(e).__name__}: {e}'
-    gaps = [np.abs(got[k]-plain_scores(model, i)) / np.sqrt([len(c) for c in i.choices]) for k, i in enumerate(few)]
-    worst = max(float(g.max()) for g in gaps)
-    if worst < close: return ''
-    return f'replies differ by up to {worst:.2g} nats a root of their tokens from the plain road'
+    def plainly(): return np.concatenate([plain_scores(model, i) for i in few])/root
+    right = plainly()
+    with shaken(model): moved = plainly()
+    far = apart(np.concatenate([got[0], got[1]])/root, right, moved)
+    return '' if far < ROUNDING else f'replies differ {far:.0f} times as much as rounding explains from the plain road'
 
 _checked = WeakKeyDictionary() # model → why the tree cannot be used, or ''
 
