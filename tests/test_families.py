@@ -1,4 +1,6 @@
 "Shapes of many families, tiny and with random weights: whatever way a model takes, it gives what the plain one gives."
+import re
+from pathlib import Path
 import numpy as np, pytest, torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
@@ -11,6 +13,7 @@ from yothalia.session import Voice
 from yothalia.scoring import Item, unfit
 from yothalia.packing import example_nll, pack_examples, pack_lengths, pack_nll, packed, packing_way
 
+ROOT = Path(__file__).parent.parent
 BASE = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, vocab_size=2048, max_position_embeddings=2048,
             pad_token_id=0, bos_token_id=1, eos_token_id=2)
 MOE = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
@@ -29,9 +32,9 @@ FAMILIES = {
                          v_head_dim=16, n_group=1, topk_group=1, first_k_dense_replace=1, n_shared_experts=1), True)}
 
 
-def shape(kind):
+def shape(kind, **how):
     torch.manual_seed(0)
-    with quiet(): model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**BASE | FAMILIES[kind][0])).float().eval()
+    with quiet(): model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**BASE | FAMILIES[kind][0] | how)).float().eval()
     for p in model.parameters():
         if p.dim() > 1: p.data.normal_(std=.15)
     return model
@@ -96,9 +99,9 @@ STATES = {'mamba': dict(state_size=8, num_hidden_layers=2, num_attention_heads=N
 
 
 @pytest.mark.parametrize('kind', [*STATES, 'gemma3_text', 'lfm2', 'llama', 'qwen3_next'])
-def test_a_talk(kind):
+def test_a_talk(kind, monkeypatch):
     "What a voice says, token by token, and of a second prompt that begins like the first, is what reading all of it anew gives."
-    if kind in STATES: FAMILIES[kind] = (STATES[kind], False)
+    if kind in STATES: monkeypatch.setitem(FAMILIES, kind, (STATES[kind], False))
     model, voice = shape(kind), Voice.__new__(Voice)
     voice.model, voice.kept, voice.cache, voice.on = model, [], None, None
     rng = np.random.default_rng(1)
@@ -114,16 +117,27 @@ def test_a_talk(kind):
                 logits = voice.step(ids[-1])
 
 
-@pytest.mark.parametrize('kind', FAMILIES)
-def test_rounding_tells_right_from_wrong(kind):
-    "In scoring and in decoding: what is right is as near as rounding explains, what is wrong is not, in 16 bits as in 32."
-    draw, together = np.random.default_rng(0), []
+def told():
+    "Family, whether its window is short → packed, tree, together: the table of the guide."
+    page, ways, last = (ROOT/'nbs'/'guides'/'models.md').read_text(encoding='utf-8'), {}, []
+    for line in page[page.index('| families |'):].split('\n\n')[0].splitlines()[2:]:
+        families, *cells = [c.strip() for c in line.strip('|').split('|')]
+        last = re.findall('`(.*?)`', families) or last
+        for kind in last: ways[kind, 'sliding' in families] = tuple(c != 'one by one' for c in cells)
+    return ways
+
+
+@pytest.mark.parametrize('kind, short', told())
+def test_the_guide_tells_the_ways(kind, short):
+    "What is right is as near to the plain way as rounding explains, what is wrong is not, in 16 bits as in 32."
+    draw = np.random.default_rng(0)
     words = lambda low, high: draw.integers(4, 2000, int(draw.integers(low, high))).tolist()
     items = [Item(words(30, 60), [words(8, 30) for _ in range(5)]) for _ in range(32)]
-    slides, sees = 'sliding_window' in FAMILIES[kind][0], kind in ('falcon', 'lfm2', 'granitemoehybrid', 'qwen3_next')
     for dtype in (torch.float32, torch.bfloat16):
-        model = shape(kind).to(dtype)
+        model = shape(kind, **{} if short or 'sliding_window' not in FAMILIES[kind][0] else dict(sliding_window=4096)).to(dtype)
         with torch.inference_mode(), quiet(): why = unfit(model, items)
-        together.append(decodes_together(model, 64))
-        assert ('window' in why) == slides and ('times as much as rounding' in why) == sees and bool(why) == (slides or sees), (dtype, why)
-    assert together[0] == together[1]
+        assert (packing_way(model) != 'single', not why, decodes_together(model, 64)) == told()[kind, short], (dtype, why)
+        assert not why or any(w in why for w in ('window', 'times as much as rounding', 'more to it')), why
+
+
+def test_the_guide_tells_of_all(): assert {k for k, _ in told()} == set(FAMILIES)

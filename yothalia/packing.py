@@ -180,10 +180,11 @@ def _holds(model, way:str) -> bool:
     try: together, moved = nll(some, way), nll([other[0], *some[1:]], way)
     except NameError: raise
     except Exception: return False  # it cannot do it this way
-    alone = torch.cat([nll([e], 'single') for e in some])
-    rounding = 4*torch.finfo(model.dtype).eps*max(1., together.mean().item()) # of a logit in the model's own precision
-    untouched = (together - moved)[len(some[0]['labels'])-1:].abs().max() <= min(max(rounding, 1e-4), .02)
-    return bool(untouched and (together - alone).square().mean().sqrt() <= max(rounding, 1e-3))
+    def alone(): return torch.cat([nll([e], 'single') for e in some])
+    right, rest = alone(), slice(len(some[0]['labels'])-1, None)
+    with shaken(model): rounding = alone() - right
+    untouched = apart(moved[rest], together[rest], (together+rounding)[rest]) < ROUNDING
+    return untouched and apart(together, right, right+rounding) < ROUNDING
 
 # %% ../nbs/lora/packing.ipynb #45b81cb1
 @torch.no_grad()

@@ -210,6 +210,8 @@ def tree_attention(module, query, key, value, attention_mask=None, scaling=None,
     pack, layer = _reading[-1], module.layer_idx
     if sliding_window and max(pack.positions) >= sliding_window:
         raise TreeUnfit(f'a window of {sliding_window} tokens slides over its context')
+    if more := [k for k in ('softcap', 's_aux') if kw.get(k) is not None]: # caps of its logits, sinks
+        raise TreeUnfit(f'its attention has more to it ({", ".join(more)})')
     for card, s in pack.keep: card.kept[layer] = tuple(t[:, :, s.start:s.end].clone() for t in (key, value))
     if flash_fits(query): return in_levels(query, key, value, pack, layer, scaling).transpose(1, 2), None
     out = torch.cat([_own(query, key, value, s, layer, scaling) for s in pack.segments], 2)

@@ -60,6 +60,7 @@ class SpeedConfig(Config):
     rank: int = Field(16, ge=1)
     learning_rate: float = Field(1e-4, gt=0, lt=1)
     matmul_size: int = Field(1024, ge=64, le=32768)
+    unsloth_python: str = ''
     seed: int = Field(0, ge=0, lt=2**32)
 
 # %% ../nbs/studies/speed.ipynb #02d0000b
@@ -233,7 +234,8 @@ def trained_apart(name:str, trainer:str, cfg:SpeedConfig, processes:int=1) -> di
         how = ['-c', f'{first}import sys; from yothalia.speed import train_here; train_here(*sys.argv[1:])']
         if processes > 1: how = ['-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={processes}', '-m',
                                  'yothalia.speed']
-        got = subprocess.run([sys.executable, *how, name, trainer, box], capture_output=True, text=True)
+        python = cfg.unsloth_python if trainer == 'unsloth' and cfg.unsloth_python else sys.executable
+        got = subprocess.run([python, *how, name, trainer, box], capture_output=True, text=True)
         if got.returncode:
             raise TrainError(f'{name} could not be trained by {trainer} in {processes} process(es): '
                              f'{(got.stderr.strip().splitlines() or ["no reason given"])[-1]}')

@@ -172,14 +172,14 @@ def trial_gradient(self:Training) -> torch.Tensor:
 @patch
 def fuse_layers(self:Training) -> int: # how many
     "Layers and branches as one operation, in eight bits if that is wanted; not where a trial shows another gradient."
-    theirs = None if self.args.fp8 or sharded(self.model) else self.trial_gradient()
+    theirs = None if self.args.fp8 or sharded(self.model) else self.trial_gradient().double()
+    if theirs is not None:
+        with shaken(plain(self.model)): moved = self.trial_gradient().double()
     try: n = fuse(self.model, in_fp8(self.model) if self.args.fp8 else None)
     except ValueError as e: raise TrainError(str(e)) from None
-    if n and theirs is not None:
-        apart = (self.trial_gradient() - theirs).norm()/theirs.norm().clamp(min=1e-12)
-        if apart > (1e-3 if theirs.dtype == torch.float32 else .05):
-            unfuse(self.model)
-            n = 0
+    if n and theirs is not None and apart(self.trial_gradient().double(), theirs, moved) > ROUNDING:
+        unfuse(self.model)
+        n = 0
     took('layers', 'fused' if n else 'plain')
     return n
 
