@@ -205,6 +205,7 @@ def in_levels(query, key, value, pack, layer, scale) -> torch.Tensor: # (1, head
 
 _reading = [] # the pack that is being read
 
+# %% ../nbs/benchmark/scoring.ipynb #28f226a9
 def tree_attention(module, query, key, value, attention_mask=None, scaling=None, sliding_window=None, **kw):
     "Attention within the segments of the current pack, for transformers' attention interface."
     pack, layer = _reading[-1], module.layer_idx
