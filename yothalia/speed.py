@@ -79,13 +79,22 @@ def drawn(name:str, # a key of `SHAPES`
                                              dtype=arithmetic(precision))
     return m.eval()
 
+def _numbers(n:int): # a tokenizer
+    "So many tokens, for a model of random weights has no words; Unsloth wants one of the model's size."
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+    words = Tokenizer(WordLevel({f'<{i}>': i for i in range(n)}, unk_token='<0>'))
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token='<0>', bos_token='<1>', eos_token='<2>',
+                                   pad_token='<0>')
+
 @functools.cache
 def _written(name:str) -> tempfile.TemporaryDirectory: # until the process ends
     "A shape's random weights in a folder, from which all precisions are loaded."
     box = tempfile.TemporaryDirectory(dir=rooted('_runs'))
     with quiet():
         drawn(name).save_pretrained(box.name)
-        load_tokenizer(EMBEDDED).save_pretrained(box.name)
+        _numbers(SHAPES[name][1]['vocab_size']).save_pretrained(box.name)
     return box
 
 def shaped(name:str, precision:str='bf16', empty:bool=False): # as `drawn`
@@ -178,7 +187,7 @@ def _varlen_attention(module, query, key, value, attention_mask=None, scaling=No
     "torch's flash attention, told where sequences begin, as transformers' collators say it."
     return varlen(query, key, value, kw['cu_seq_lens_q'], kw['max_length_q'], scaling), None
 
-def _sft(model, data:list[dict], cfg:SpeedConfig, **how) -> list[dict]:
+def _sft(model, data:list[dict], cfg:SpeedConfig, tok=None, **how) -> list[dict]:
     "TRL's SFTTrainer: a step's rows in one pass, without padding."
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
@@ -187,9 +196,8 @@ def _sft(model, data:list[dict], cfg:SpeedConfig, **how) -> list[dict]:
         args = _arguments(cfg, box, per_device_train_batch_size=cfg.batch, padding_free=True, max_length=None,
                           gradient_checkpointing=False, train_sampling_strategy='sequential',
                           dataset_kwargs=dict(skip_prepare_dataset=True), **how)
-        tok = load_tokenizer(EMBEDDED)
         return _watched(SFTTrainer(model, SFTConfig(**args), train_dataset=Dataset.from_list(data),
-                                   processing_class=tok), tokens)
+                                   processing_class=tok or load_tokenizer(EMBEDDED)), tokens)
 
 def train_trl(model, data:list[dict], cfg:SpeedConfig) -> list[dict]:
     "TRL with Liger's kernels and a flash attention where there is a GPU."
@@ -203,12 +211,12 @@ def train_trl(model, data:list[dict], cfg:SpeedConfig) -> list[dict]:
 def train_unsloth(place:str, cfg:SpeedConfig) -> tuple: # a PeftModel; a function that trains it
     "Unsloth's own model and layers, with the settings that its makers recommend for speed."
     from unsloth import FastLanguageModel
-    model, _ = FastLanguageModel.from_pretrained(place, max_seq_length=4096, dtype=torch.bfloat16,
+    model, tok = FastLanguageModel.from_pretrained(place, max_seq_length=4096, dtype=torch.bfloat16,
                                                  load_in_4bit=cfg.precision == 'nf4', load_in_8bit=False)
     model = FastLanguageModel.get_peft_model(
         model, r=cfg.rank, lora_alpha=2*cfg.rank, lora_dropout=0, bias='none', use_gradient_checkpointing=False,
         random_state=cfg.seed, target_modules='q_proj k_proj v_proj o_proj gate_proj up_proj down_proj'.split())
-    return model, _sft
+    return model, partial(_sft, tok=tok)
 
 TRAINERS = {'ours': train_ours, 'ours-fp8': partial(train_ours, fp8=True),
             'without-liger': partial(train_ours, liger=False), 'padded': train_padded, 'trl': train_trl}
@@ -223,7 +231,7 @@ def trained(name:str, trainer:str, cfg:SpeedConfig, # a model or shape; a key of
            ) -> dict: # log, ready (seconds before the second step), bytes (peak), parameters
     "Train the rows with one trainer."
     model, train = train_unsloth(place, cfg) if trainer == 'unsloth' else (model_of(name, cfg), TRAINERS[trainer])
-    data = [folded(e, plain(model).config.get_text_config().vocab_size) for e in data]
+    data = [folded(e, model.get_input_embeddings().weight.shape[0]) for e in data]
     start, n = time.perf_counter(), matmul_parameters(model)
     with peak_memory() as peak: log = train(model, data, cfg)
     ready = time.perf_counter() - start - (log[-1]['seconds']-log[0]['seconds'])
