@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'WARMUP', 'TRAINERS', 'APART', 'UNITS', 'SpeedConfig', 'drawn', 'shaped', 'model_of', 'speed_rows',
-           'train_ours', 'train_padded', 'train_trl', 'train_unsloth', 'folded', 'trained', 'trained_apart',
+           'train_ours', 'train_padded', 'packs', 'train_trl', 'train_unsloth', 'folded', 'trained', 'trained_apart',
            'train_here', 'Beside', 'train_asked', 'measure_speed', 'launch_time', 'trainer_name', 'speed_table',
            'plot_speed', 'liger_pays']
 
@@ -75,10 +75,11 @@ def drawn(name:str, # a key of `SHAPES`
     from transformers.initialization import no_init_weights
     kind, shape = SHAPES[name]
     with torch.device('cpu' if empty else device_info()['device']), no_init_weights() if empty else nullcontext():
-        m = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, max_position_embeddings=4096, **shape),
+        m = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, max_position_embeddings=16384, **shape),
                                              dtype=arithmetic(precision))
     return m.eval()
 
+# %% ../nbs/studies/speed.ipynb #8ea9e511
 def _numbers(n:int): # a tokenizer
     "So many tokens, for a model of random weights has no words; Unsloth wants one of the model's size."
     from tokenizers import Tokenizer
@@ -182,6 +183,13 @@ def train_padded(model, data:list[dict], cfg:SpeedConfig) -> list[dict]:
         tokens = [sum(len(e['input_ids']) for e in data[i:i+cfg.batch]) for i in range(0, len(data), cfg.batch)]
         return _watched(Trainer(model, TrainingArguments(**args), pad, data), tokens)
 
+# %% ../nbs/studies/speed.ipynb #442ff6dd
+def packs(data:list[dict], batch:int) -> list[dict]: # input_ids, labels, seq_lengths
+    "The rows of a step in one, with their lengths, as TRL and Unsloth keep packed rows."
+    steps = [data[i:i+batch] for i in range(0, len(data), batch)]
+    return [dict({k: sum((e[k] for e in s), []) for k in ('input_ids', 'labels')},
+                 seq_lengths=[len(e['input_ids']) for e in s]) for s in steps]
+
 # %% ../nbs/studies/speed.ipynb #81bff7c5
 def _varlen_attention(module, query, key, value, attention_mask=None, scaling=None, **kw):
     "torch's flash attention, told where sequences begin, as transformers' collators say it."
@@ -191,12 +199,13 @@ def _sft(model, data:list[dict], cfg:SpeedConfig, tok=None, **how) -> list[dict]
     "TRL's SFTTrainer: a step's rows in one pass, without padding."
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
-    tokens = [sum(len(e['input_ids']) for e in data[i:i+cfg.batch]) for i in range(0, len(data), cfg.batch)]
+    made = packs(data, cfg.batch)
+    tokens = [len(p['input_ids']) for p in made]
     with tempfile.TemporaryDirectory() as box:
-        args = _arguments(cfg, box, per_device_train_batch_size=cfg.batch, padding_free=True, max_length=None,
+        args = _arguments(cfg, box, per_device_train_batch_size=1, packing=True, max_length=max(tokens),
                           gradient_checkpointing=False, train_sampling_strategy='sequential',
                           dataset_kwargs=dict(skip_prepare_dataset=True), **how)
-        return _watched(SFTTrainer(model, SFTConfig(**args), train_dataset=Dataset.from_list(data),
+        return _watched(SFTTrainer(model, SFTConfig(**args), train_dataset=Dataset.from_list(made),
                                    processing_class=tok or load_tokenizer(EMBEDDED)), tokens)
 
 def train_trl(model, data:list[dict], cfg:SpeedConfig) -> list[dict]:
@@ -208,10 +217,11 @@ def train_trl(model, data:list[dict], cfg:SpeedConfig) -> list[dict]:
     return _sft(model, data, cfg, use_liger_kernel=gpu)
 
 # %% ../nbs/studies/speed.ipynb #abd62f7f
-def train_unsloth(place:str, cfg:SpeedConfig) -> tuple: # a PeftModel; a function that trains it
+def train_unsloth(place:str, data:list[dict], cfg:SpeedConfig) -> tuple: # a PeftModel; a function that trains it
     "Unsloth's own model and layers, with the settings that its makers recommend for speed."
     from unsloth import FastLanguageModel
-    model, tok = FastLanguageModel.from_pretrained(place, max_seq_length=4096, dtype=torch.bfloat16,
+    longest = max(len(p['input_ids']) for p in packs(data, cfg.batch))
+    model, tok = FastLanguageModel.from_pretrained(place, max_seq_length=longest, dtype=torch.bfloat16,
                                                  load_in_4bit=cfg.precision == 'nf4', load_in_8bit=False)
     model = FastLanguageModel.get_peft_model(
         model, r=cfg.rank, lora_alpha=2*cfg.rank, lora_dropout=0, bias='none', use_gradient_checkpointing=False,
@@ -230,7 +240,8 @@ def trained(name:str, trainer:str, cfg:SpeedConfig, # a model or shape; a key of
             data:list[dict], place:str='' # what `speed_rows` gives; the model's folder, for Unsloth
            ) -> dict: # log, ready (seconds before the second step), bytes (peak), parameters
     "Train the rows with one trainer."
-    model, train = train_unsloth(place, cfg) if trainer == 'unsloth' else (model_of(name, cfg), TRAINERS[trainer])
+    if trainer == 'unsloth': model, train = train_unsloth(place, data, cfg)
+    else: model, train = model_of(name, cfg), TRAINERS[trainer]
     data = [folded(e, model.get_input_embeddings().weight.shape[0]) for e in data]
     start, n = time.perf_counter(), matmul_parameters(model)
     with peak_memory() as peak: log = train(model, data, cfg)
@@ -307,6 +318,8 @@ def train_asked(fd:int):
         made = trained(name, trainer, SpeedConfig(**cfg), data, place)
         line.send_bytes(json.dumps(made | dict(versions=run_info({})['versions'])).encode())
         gc.collect()
+        for o in gc.get_objects(): # Unsloth holds on to its last model
+            if isinstance(o, torch.nn.Parameter): o.data = o.data.new_empty(0)
         if torch.cuda.is_available(): torch.cuda.empty_cache()
 
 # %% ../nbs/studies/speed.ipynb #02d00013d
