@@ -290,15 +290,21 @@ def key_for(host:str) -> str: # of the environment, or none
     raise RunError(f'{host} can be reached by others: set YOTHALIA_KEY in the environment to a long secret, '
                    'or leave --host out.')
 
+# %% ../nbs/run/commands.ipynb #1c676345
+_BEHIND = dict(
+    engine='another engine that does the work: its address up to /v1', engine_model='name of the model there',
+    engine_adapter='and of the model with the adapter',
+    origin='another page that may ask from a browser, https://…; several by several --origin',
+    strict='refuse what a client asks for and is not there, rather than leave it out and say so')
+
 # %% ../nbs/run/commands.ipynb #73f77104
 @app.command()
 @takes(dict(model='', precision='', adapter='auto', adapter_of=[], user='User', places=16, waiting=64, room=2048,
-            new_tokens=256, engine='', engine_model='', engine_adapter=''), **_WORN,
+            new_tokens=256, engine='', engine_model='', engine_adapter='', origin=[], strict=False), **_WORN,
        adapter_of='an adapter of its own for a character, NAME=FOLDER or NAME=RUN; several by several --adapter-of',
        user='what the characters call those who talk to them', places='who can be answered at once',
-       waiting='who may wait', room='tokens of a prompt and its reply', new_tokens='of a reply, unless told otherwise',
-       engine='another engine that does the work: its address up to /v1', engine_model='name of the model there',
-       engine_adapter='and of the model with the adapter')
+       waiting='who may wait', room='tokens of a prompt and its reply',
+       new_tokens='of a reply, unless told otherwise', **_BEHIND)
 def serve(name: Annotated[str, typer.Argument(help='a run in _runs')]='default',
           card: Annotated[list[str], typer.Option(help='a character card; several by several --card')]=[],
           host: Annotated[str, typer.Option(help='where it listens; not here needs YOTHALIA_KEY')]='127.0.0.1',
@@ -306,7 +312,7 @@ def serve(name: Annotated[str, typer.Argument(help='a run in _runs')]='default',
     "Serve the characters of a run and of cards: a page in the browser, and OpenAI's API for every other program."
     with one_sentence() as console:
         key = key_for(host)
-        given['adapters'] = named_values(given.pop('adapter_of'))
+        given['adapters'], given['origins'] = named_values(given.pop('adapter_of')), given.pop('origin')
         from yothalia.convert import quiet
         from yothalia.page import page_of
         from yothalia.serve import serve_forever
@@ -314,7 +320,7 @@ def serve(name: Annotated[str, typer.Argument(help='a run in _runs')]='default',
         at = f'http://{host}:{port}'
         console.print(f'{", ".join(page.stage.who)}: a page at {at}, the API at {at}/v1',
                       markup=False, highlight=False, soft_wrap=True)
-        serve_forever(page.stage, host, port, key, page)
+        serve_forever(page.stage, host, port, key, page, given['origins'])
 
 # %% ../nbs/run/commands.ipynb #1f6580d9
 @app.command()

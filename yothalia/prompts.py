@@ -136,7 +136,7 @@ class Exchanges:
     def near(self, row:dict, k:int) -> list[dict]: # turns, the nearest exchange last
         "The k exchanges of the row's character whose lines are nearest to the row's, as turns."
         from sklearn.feature_extraction.text import TfidfVectorizer
-        some = self.of.get(persona := row.get('instruction') or '', [])
+        some = self.of.get(persona := row.get('persona') or row.get('instruction') or '', [])
         if not some: return []
         if persona not in self.index:
             v = TfidfVectorizer(analyzer='char_wb', ngram_range=(1, 4), sublinear_tf=True)

@@ -103,6 +103,7 @@ class Session:
         self.told, self.template = template is not None, drawn_from(template or BARE, who.rows)
         self.sampling, self.last = sampling or Sampling(), Request([], Sampling())
         self.turns, self.at, self.greeting = [], 0, 0
+        self.scene, self.begun = '', '' # what is told behind the persona; the beginning of the reply
         # whether turns that no longer fit are summed up; id of the last such turn → text
         self.summarise, self.memory = False, {}
     def add(self, role:str, text:str, **kw) -> Turn:
@@ -137,9 +138,11 @@ def row(self:Session, path:list[Turn], memory:str='', gone:int=0 # what is told 
                 next(iter(self.who.personas), 'en'))
     persona = self.persona(lang, path)
     if memory: persona += '\n' + BEFORE.get(lang, BEFORE['en']).format(memory)
+    if self.scene: persona += '\n' + self.scene
     turns = merged_turns(path[gone:])
-    return dict(character=self.who.name, lang=lang, instruction=persona, user=turns[-1]['text'], reply='',
-                history=turns[:-1], source='chat', scene=None)
+    own = self.who.personas.get(lang, next(iter(self.who.personas.values()), ''))  # by which its examples are found
+    return dict(character=self.who.name, lang=lang, instruction=persona, persona=own, user=turns[-1]['text'],
+                reply=self.begun, history=turns[:-1], source='chat', scene=None)
 
 # %% ../nbs/chat/session.ipynb #07b00019y
 def merged_turns(path:list[Turn]) -> list[dict]: # role, text
@@ -178,14 +181,15 @@ def persona(self:Session, lang:str, path:list[Turn]) -> str:
 def prompt(self:Session) -> str:
     "What the model reads now; the oldest turns go where the budget ends, the persona and the examples stay."
     path, tok = self.path(), self.voice.tok
-    fit = lambda: within(row, tok, self.template, max(64, self.context - self.sampling.max_tokens))
+    fit = lambda: within(row, tok, self.template, max(self.context//2, self.context - self.sampling.max_tokens))
     row = self.row(path, *self.recalled(path))
     kept = fit()
     if self.summarise and len(kept['history']) < len(row['history']):
         self.sum_up(path, len(kept['history'])//2)
         row = self.row(path, *self.recalled(path))
         kept = fit()
-    return render(kept, tok, self.template)[0]
+    prompt, reply = render(kept, tok, self.template)
+    return prompt + reply[:reply.rfind(self.begun)+len(self.begun)]*bool(self.begun)
 
 # %% ../nbs/chat/session.ipynb #07b0001a1
 @patch
