@@ -54,7 +54,7 @@ def stage():
 
 @pytest.fixture(scope='module')
 def client(stage):
-    with TestClient(app_of(stage, origins=['https://front.example']), raise_server_exceptions=False) as c: yield c
+    with TestClient(app_of(stage, origins=['https://front.example']), raise_server_exceptions=False, base_url='http://127.0.0.1') as c: yield c
 
 
 def post(client, body, path='/v1/chat/completions', **kw):

@@ -76,7 +76,7 @@ def normalised(item:Item, tok, sums:np.ndarray, # a question's item, the tokeniz
 def kept(path:Path, key:str) -> dict[str,dict]: # id → line
     "The whole lines of an earlier run with the same key."
     out = {}
-    for l in path.read_text(encoding='utf-8').splitlines() if path.exists() else []:
+    for l in path.read_text(encoding='utf-8').split('\n') if path.exists() else []:
         try: o = json.loads(l)
         except ValueError: continue  # cut off by the interruption
         if isinstance(o, dict) and o.get('key') == key: out[o['id']] = o

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['TEXTS', 'MORE_TEXTS', 'LISTS', 'OTHER_SPELLINGS', 'BACKFILLED', 'MAX_JSON', 'MAX_PNG', 'MAX_ARCHIVE', 'MAX_DEPTH',
-           'SIGNATURE', 'SECONDS', 'PLACES', 'CardError', 'Card', 'card_of', 'decorated', 'parse_json', 'to_json',
-           'png_chunks', 'from_png', 'portrait', 'from_charx', 'card_from', 'read_card', 'fill', 'key_found', 'Entry',
-           'entry_of', 'wakes', 'within_budget', 'file_name']
+           'SIGNATURE', 'MAX_TEXT', 'MAX_STEPS', 'SECONDS', 'PLACES', 'CardError', 'Card', 'card_of', 'decorated',
+           'parse_json', 'to_json', 'png_chunks', 'from_png', 'bare', 'portrait', 'from_charx', 'card_from',
+           'read_card', 'fill', 'steps', 'key_found', 'Entry', 'entry_of', 'wakes', 'within_budget', 'file_name']
 
 # %% ../nbs/data/cards.ipynb #07a00004
-import base64, io, json, random, re, struct, time, zipfile, zlib
+import base64, functools, io, json, random, re, struct, time, zipfile, zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 import regex
@@ -88,7 +88,8 @@ def _checked(data:dict, name:str) -> tuple[dict, list[str]]: # the fields, and w
             odd.append(f'{k} was written in an unusual way and is read as {shown}' if new
                        else f'{k} says nothing readable and is left out')
         if new is not None or k not in looked: out[k] = new
-    if not out.get('name', '').strip(): raise CardError(f'{name}: the character has no name.')
+    if not (own := out.get('name', '').strip()): raise CardError(f'{name}: the character has no name.')
+    if len(own) > 200: raise CardError(f"{name}: the character's name has {len(own):,} letters, more than 200.")
     return out, odd
 
 # %% ../nbs/data/cards.ipynb #3a95e0cb
@@ -232,6 +233,14 @@ def from_png(b:bytes, name:str='the card') -> Card:
     return card
 
 # %% ../nbs/data/cards.ipynb #07a00018
+def bare(picture:bytes) -> bytes: # a PNG; empty where it is none
+    "A picture without the texts in it: a card's holds the whole character."
+    try: kept = [(k, b) for k, b in png_chunks(picture, 'the picture') if k not in (b'tEXt', b'zTXt', b'iTXt', b'eXIf')]
+    except CardError: return b''
+    return SIGNATURE + b''.join(_chunk(*c) for c in kept)
+
+# %% ../nbs/data/cards.ipynb #11ec8033
+@functools.lru_cache(256)
 def portrait(name:str) -> bytes:
     "A plain picture for a character that has none: its initials on a colour of its own."
     from PIL import Image, ImageDraw, ImageFont
@@ -344,6 +353,8 @@ def _macro(inside:str, names:dict, rng, place:str) -> str|None: # None: not know
         return str(sum(rng.randint(1, max(1, int(m[2]))) for _ in range(int(m[1] or 1))))
 
 # %% ../nbs/data/cards.ipynb #07a00023
+MAX_TEXT = 2**18 # letters of a text, and of what its macros make of it
+
 def fill(text:str, char:str, user:str, # names
          original:str='', # what `{{original}}` stands for
          rng=random, place:str='' # where the text stands: what `pick` depends on
@@ -354,10 +365,10 @@ def fill(text:str, char:str, user:str, # names
     def unknown(m): return '\ue000\ue000' + m[1] + '\ue001\ue001'
     def one(m): return unknown(m) if (v := _macro(m[1], names, rng, place)) is None else v
     for _ in range(20):
-        text, n = _MACRO.subn(one, text)
+        text, n = _MACRO.subn(one, text[:MAX_TEXT])
         if not n: break
     text = _ANGLED.sub(lambda m: names[m[1].lower()], text)
-    return text.replace('\ue000', '{').replace('\ue001', '}').replace('\ue002', '<')
+    return text[:MAX_TEXT].replace('\ue000', '{').replace('\ue001', '}').replace('\ue002', '<')
 
 # %% ../nbs/data/cards.ipynb #07a00026
 @patch
@@ -411,15 +422,37 @@ def items(self:Card, user:str='User') -> list[dict]: # as `rows` reads them
     return [dict(name=self.data['name'], system=self.persona(user, rng=rng),
                  messages=[dict(role=r, content=t) for r, t in d]) for d in self.dialogues(user, rng)]
 
+# %% ../nbs/data/cards.ipynb #883f7a43
+MAX_STEPS = 5000 # that an expression may have when its counts are written out
+_PIECE = re.compile(r'\\.|\[(?:\\.|[^\]\\])*\]|\{(\d*),?(\d*)\}|.', re.S)
+
+def steps(expression:str) -> int:
+    "How large an expression becomes when its counts are written out: (a{3}){4} is twelve."
+    open_, last = [0], 0 # sizes of the groups that are open; of what a count would repeat
+    for m in _PIECE.finditer(expression):
+        if m[0] == '(': open_.append(0)
+        elif m[0] == ')' and len(open_) > 1:
+            last = open_.pop()
+            open_[-1] += last
+        elif m[1] or m[2]:
+            times = max(int(n[:7] or 0) for n in m.groups())
+            open_[-1] += last*(times-1)
+            last *= times
+        else:
+            last = 1
+            open_[-1] += 1
+    return sum(open_)
+
 # %% ../nbs/data/cards.ipynb #07a0002c
 SECONDS = .05 # that a regular expression of a card may take
 
+@functools.lru_cache(512)
 def _pattern(key:str, sensitive:bool):
     "A compiled key, `/pattern/flags` as JavaScript writes it or the bare pattern; None if it is not valid."
     m = re.fullmatch(r'/(.*)/([a-z]*)', key, re.S)
-    flags = (regex.I if ('i' in m[2] if m else not sensitive) else 0) | (regex.S if m and 's' in m[2]
-        else 0) | (regex.M if m and 'm' in m[2] else 0)
-    try: return regex.compile(m[1] if m else key, flags, cache_pattern=True)
+    text, letters = m.groups() if m else (key, '' if sensitive else 'i')
+    if steps(text) > MAX_STEPS: return None
+    try: return regex.compile(text, sum(getattr(regex, l.upper()) for l in 'ism' if l in letters))
     except (regex.error, OverflowError, RecursionError): return None
 
 def key_found(key:str, text:str, sensitive:bool=False, expression:bool=False, seconds:float=SECONDS) -> bool:
@@ -457,7 +490,7 @@ def entry_of(e:dict) -> Entry:
     decorators, answered = {}, True
     for name, value, ats in found:
         if ats > 2 and answered: continue
-        answered = name in _KNOWN and (name not in _NUMBERS or value.isdigit())
+        answered = name in _KNOWN and (name not in _NUMBERS or bool(re.fullmatch('[0-9]{1,6}', value)))
         if answered: decorators.setdefault(name, int(value) if name in _NUMBERS else value)
     return Entry(e, text, decorators)
 
@@ -466,7 +499,7 @@ def _strings(v) -> list[str]: return [o for o in (v if isinstance(v, list) else 
 
 def wakes(entry:Entry, text:str, # what is looked at for keys
           replies:int=0, greeting:int=0, # how often the character has spoken; which greeting it began with
-          seconds:float=SECONDS) -> bool:
+          until:float=float('inf')) -> bool: # a time of `time.perf_counter` at which it is given up
     "Whether an entry is to be told."
     t, e = entry.decorators, entry.get
     if e('enabled', True) is False or not entry.text: return False
@@ -474,9 +507,10 @@ def wakes(entry:Entry, text:str, # what is looked at for keys
     if 'activate' in t: return True
     if 'dont_activate' in t or replies < t.get('activate_only_after', 0): return False
     if t.get('activate_only_every') and replies % t['activate_only_every']: return False
-    how = dict(sensitive=e('case_sensitive') is True, expression=e('use_regex') is True, seconds=seconds)
-    some = lambda keys: any(key_found(k, text, **how) for k in keys)
-    listed = lambda k: [o.strip() for o in t[k].split(',')]
+    how = dict(sensitive=e('case_sensitive') is True, expression=e('use_regex') is True)
+    def left(): return min(SECONDS, until-time.perf_counter())
+    def some(keys): return any(left() > 0 and key_found(k, text, **how, seconds=left()) for k in keys)
+    def listed(k): return re.split(r'\s*,\s*', t[k].strip())
     if 'exclude_keys' in t and not how['expression'] and some(listed('exclude_keys')): return False
     if 'additional_keys' in t and not some(listed('additional_keys')): return False
     if e('constant') is True and not how['expression']: return True
@@ -488,16 +522,16 @@ def wakes(entry:Entry, text:str, # what is looked at for keys
 def woken(self:Card, messages:list[str], # what was said, the latest last
           replies:int=0, greeting:int=0) -> list[Entry]:
     "The entries of its lorebook that the conversation brings up."
-    book, start = self.data.get('character_book') or {}, time.perf_counter()
-    asleep = [entry_of(e) for e in book.get('entries') or () if isinstance(e, dict)][:5000]
+    book, until = self.data.get('character_book') or {}, time.perf_counter() + 1
+    every = book.get('entries') if isinstance(book.get('entries'), list) else []
+    asleep = [entry_of(e) for e in every[:5000] if isinstance(e, dict)]
     depth = book['scan_depth'] if isinstance(book.get('scan_depth'), int) and book['scan_depth'] > 0 else len(messages)
     awake, more = [], ''
     for _ in range(10):
         new, rest = [], []
         for e in asleep:
             text = '\n'.join(messages[-(e.decorators.get('scan_depth') or depth):]) + '\n' + more
-            seconds = SECONDS if time.perf_counter() - start < 1 else 0
-            (new if wakes(e, text, replies, greeting, seconds) else rest).append(e)
+            (new if wakes(e, text, replies, greeting, until) else rest).append(e)
         awake, asleep = awake + new, rest
         more = '\n'.join(e.text for e in awake)
         if not new or book.get('recursive_scanning') is not True: break
@@ -545,8 +579,8 @@ def summary(self:Card, user:str='User') -> list[str]: # lines
     "What a person wants to know of a card before using it."
     rng, book = random.Random(0), (self.data.get('character_book') or {}).get('entries') or ()
     notes = self.data.get('creator_notes', '').strip()
-    out = [f"{self.data['name']}, a card of version {self.version}"
-           + f", by {self.data['creator']}"*bool(self.data.get('creator'))]
+    by = self.data.get('creator')
+    out = [f"{self.data['name']}, a card of version {self.version}" + (f', by {by}' if by else '')]
     out += ['', 'What the model is told:', self.persona(user, rng=rng) or '(nothing)']
     if hello := self.greetings(user, rng): out += ['', f'How it begins ({len(hello)}):', hello[0]]
     out += ['', f'{len(self.dialogues(user))} example dialogues, {len(book)} entries of lore, {len(self.files)} files '

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['varied', 'fits_card', 'make_card', 'Character', 'character_of', 'character_of_card', 'language_of',
-           'character_of_run', 'slug', 'cast_of_run']
+           'character_of_run', 'slug', 'free_name', 'cast_of_run']
 
 # %% ../nbs/chat/characters.ipynb #649b7323
-import re
+import itertools, re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,9 +121,16 @@ def character_of_run(out:str|Path, # the run's folder
 
 def slug(name:str) -> str: return re.sub(r'[^\w-]+', '-', name.casefold()).strip('-') or 'character'
 
+def free_name(name:str, taken) -> str: # names there are
+    "A short name for one more character: of two that look alike the later one gets a number."
+    same = slug(name)[:60]
+    return next(n for n in itertools.chain([same], (f'{same}-{k}' for k in itertools.count(2))) if n not in taken)
+
 def cast_of_run(out:str|Path) -> dict[str,Character]: # name of a model at a server → character
     "All characters of a run."
     ensure_data(out)
     rows = list(load_split(out, 'train'))
-    names = sorted({r['character'] for r in rows})
-    return {slug(n): character_of([r for r in rows if r['character'] == n]) for n in names}
+    who = {}
+    for name in sorted({r['character'] for r in rows}):
+        who[free_name(name, who)] = character_of([r for r in rows if r['character'] == name])
+    return who

@@ -285,8 +285,11 @@ def serve_config(name:str, model:str, precision:str, **given): # ServeConfig
 
 def key_for(host:str) -> str: # of the environment, or none
     "The key that callers need; a `RunError` where others can reach the server and there is none."
-    key = os.environ.get('YOTHALIA_KEY', '')
-    if key or host in ('127.0.0.1', 'localhost', '::1'): return key
+    key, here = os.environ.get('YOTHALIA_KEY', ''), host in ('127.0.0.1', 'localhost', '::1')
+    if not key.isascii(): raise RunError('YOTHALIA_KEY has letters that a header cannot carry: use ASCII.')
+    if key and not here and len(key) < 16:
+        raise RunError(f'{host} can be reached by others, who can guess: give YOTHALIA_KEY 16 letters or more.')
+    if key or here: return key
     raise RunError(f'{host} can be reached by others: set YOTHALIA_KEY in the environment to a long secret, '
                    'or leave --host out.')
 

@@ -217,7 +217,7 @@ def write_jsonl(path:str|Path, # file to write, whole or not at all
 
 def read_jsonl(path:str|Path) -> list[dict]:
     "Read a JSON Lines file that `write_jsonl` wrote."
-    return [json.loads(l) for l in Path(path).read_text(encoding='utf-8').splitlines() if l.strip()]
+    return [json.loads(l) for l in Path(path).read_text(encoding='utf-8').split('\n') if l.strip()]
 
 # %% ../nbs/base/core.ipynb #8da0a64f
 def content_hash(*things # paths of files or folders, or anything that JSON can hold

@@ -94,8 +94,18 @@ def ask(self:Engine, r:Request) -> Request:
         raise ValueError(f'the prompt has {len(r.prompt):,} tokens, and a place holds {self.room:,}')
     r.sampling.max_tokens = min(r.sampling.max_tokens, self.room - len(r.prompt))
     if r.sampling.seed is not None: r.draw = torch.Generator().manual_seed(r.sampling.seed)
+    if self.waiting.full(): self.forget_the_gone()
     self.waiting.put_nowait(r)
     return r
+
+# %% ../nbs/chat/engine.ipynb #32425687
+@patch
+def forget_the_gone(self:Engine):
+    "Take out of the queue who waits no longer."
+    with self.waiting.mutex:
+        gone = [r for r in self.waiting.queue if r.cancelled.is_set()]
+        for r in gone: self.waiting.queue.remove(r)
+    for r in gone: r.end('cancelled')
 
 @patch
 def newcomers(self:Engine, busy:bool, most:int=1024 # whether somebody is being answered; tokens that are read at a time

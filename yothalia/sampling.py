@@ -66,11 +66,11 @@ def next_tokens(logits:torch.Tensor, # (replies, vocabulary)
         weighed(logits[k], ids, s)
         if s.guard and 0 < len(no := said_again(ids, s.guard)) < logits.shape[1]: logits[k, list(no)] = float('-inf')
     best = logits.argmax(-1)
-    cold = [s.temperature <= 0 for s in hows]
+    cold = [s.temperature < 1e-3 for s in hows] # below that there is nothing left to chance, and the logits overflow
     if all(cold): return best.tolist()
     luck = [0. if c else float(torch.rand(1, generator=g)) for c, g in zip(cold, draws)]
-    limits = [(s.temperature if s.temperature > 0 else 1., s.top_p, s.top_k or logits.shape[1], s.min_p, u)
-            for s, u in zip(hows, luck)]
+    limits = [(1. if c else s.temperature, s.top_p, s.top_k or logits.shape[1], s.min_p, u)
+            for s, c, u in zip(hows, cold, luck)]
     warm, *limits = torch.tensor(limits, device=logits.device).T[:, :, None]
     drawn = draw_among(logits/warm, *limits)
     return torch.where(torch.tensor(cold, device=logits.device), best, drawn).tolist()

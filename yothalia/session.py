@@ -300,7 +300,9 @@ def save(self:Session, path:str|Path) -> Path:
             tries = self.beside(t.id)
             o |= dict(swipes=[b.text for b in tries], swipe_id=tries.index(t))
         lines.append(o | (dict(extra=dict(thumb=t.thumb)) if t.thumb else {}))
-    with atomic(p := rooted(path)) as new:
+    (p := rooted(path)).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with atomic(p) as new:
+        new.touch(0o600) # what was said is nobody else's
         new.write_text(''.join(json.dumps(o, ensure_ascii=False) + '\n' for o in lines), encoding='utf-8')
     return p
 
@@ -309,7 +311,7 @@ def save(self:Session, path:str|Path) -> Path:
 def load(self:Session, path:str|Path):
     "Go on with a conversation that was saved, here or by SillyTavern."
     p = rooted(path)
-    try: head, *lines = [json.loads(l) for l in p.read_text(encoding='utf-8').splitlines() if l.strip()]
+    try: head, *lines = [json.loads(l) for l in p.read_text(encoding='utf-8').split('\n') if l.strip()]
     except (OSError, ValueError) as e: raise ValueError(f'{tidy(p)} is no chat log: {e}') from None
     kept = ((head.get('chat_metadata') or {}).get('yothalia') or {}) if isinstance(head, dict) else {}
     self.turns, self.at, self.memory = [], 0, {int(k): t for k, t in kept.get('memory', {}).items()}

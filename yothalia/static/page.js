@@ -85,7 +85,7 @@ function versions(c) {
 }
 function fresh() {
   const c = me(); versions(c); turns = c.greeting ? [{role: 'assistant', tries: [c.greeting], at: 0}] : []; talk = Array.from(crypto.getRandomValues(new Uint8Array(6)), x => x.toString(16).padStart(2, '0')).join('');
-  $('picture').hidden = !c.picture; if (c.picture) { $('picture').src = c.picture; $('picture').alt = c.name }
+  $('picture').hidden = true; if (c.picture) ask(c.picture).then(r => r.blob()).then(b => { if (me() !== c) return; URL.revokeObjectURL($('picture').src); $('picture').src = URL.createObjectURL(b); $('picture').alt = c.name; $('picture').hidden = false }).catch(() => {});
   $('wrong').textContent = ''; draw();
 }
 $('say').onsubmit = e => {
