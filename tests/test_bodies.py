@@ -132,6 +132,37 @@ def test_addresses(client):
         assert got.status_code == status and got.json()['error']['message'], path
 
 
+def test_a_text_goes_on(client, stage):
+    "/v1/completions: the model goes on from the text as it stands, whole and streamed, of several texts, of tokens; a chat's own prompt gives the chat's reply."
+    ask = dict(prompt='Once upon a time,', max_tokens=5, temperature=0)
+    whole = post(client, ask, '/v1/completions').json()
+    said = whole['choices'][0]['text']
+    assert said.startswith(' ') and whole['object'] == 'text_completion' and whole['usage']['completion_tokens'] <= 5
+    events = [json.loads(l[6:]) for l in post(client, ask | dict(stream=True), '/v1/completions').text.split('\n\n') if l.startswith('data: {')]
+    assert ''.join(e['choices'][0]['text'] for e in events).rstrip() == said.rstrip()
+    ids = stage.engine.tok('Once upon a time,')['input_ids']
+    several = post(client, ask | dict(prompt=[ids, ids]), '/v1/completions').json()['choices']
+    assert [c['text'] for c in several] == [said]*2 and [c['index'] for c in several] == [0, 1]
+    for body, says in ((dict(prompt=[]), 'prompt'), (dict(prompt=[10**6]), 'tokens below'), (dict(), 'prompt'), (dict(prompt=['a']*9, n=9), '16')):
+        got = post(client, body, '/v1/completions')
+        assert got.status_code == 400 and says in got.json()['error']['message'], got.text
+
+
+def test_responses(client):
+    "/v1/responses: the same reply as the chat's, its events in order, and what can't be had in words."
+    chat = post(client, dict(messages=[S(), U()], max_tokens=4, temperature=0)).json()['choices'][0]['message']['content']
+    ask = dict(instructions=S()['content'], input=U()['content'], max_output_tokens=4, temperature=0)
+    got = post(client, ask, '/v1/responses').json()
+    assert got['output'][0]['content'][0]['text'] == chat and got['status'] in ('completed', 'incomplete') and got['usage']['output_tokens'] <= 4
+    events = [json.loads(l.partition('data: ')[2]) for l in post(client, ask | dict(stream=True), '/v1/responses').text.split('\n\n') if l]
+    assert ''.join(e['delta'] for e in events if e['type'] == 'response.output_text.delta').strip() == chat
+    assert [e['sequence_number'] for e in events] == [*range(len(events))] and events[0]['type'] == 'response.created' and events[-1]['response']['output'][0] == events[-2]['item']
+    parts = [dict(role='user', content=[dict(type='input_text', text=U()['content'])])]
+    assert post(client, dict(ask, input=parts), '/v1/responses').json()['output'][0]['content'][0]['text'] == chat
+    got = post(client, dict(ask, previous_response_id='resp_1'), '/v1/responses')
+    assert got.status_code == 400 and 'not kept here' in got.json()['error']['message']
+
+
 def test_other_pages(client):
     "A page of another origin may ask if it was named, and only then."
     ask = {'Access-Control-Request-Method': 'POST', 'Access-Control-Request-Headers': 'authorization,content-type'}

@@ -52,6 +52,20 @@ def test_openais_client(server):
     assert word not in (ask(client, stop=[word]).choices[0].message.content or '')
 
 
+def test_its_other_endpoints(server):
+    "Completions and Responses by the same client, whole and streamed: the helper that puts a stream together finds what was said whole."
+    client, _, _ = server
+    told = dict(model='queen-of-hearts', input='Good morning!', max_output_tokens=6, temperature=0)
+    whole = client.responses.create(**told)
+    assert whole.output_text == ask(client, temperature=0, seed=None).choices[0].message.content and whole.usage.output_tokens <= 6
+    with client.responses.stream(**told) as stream: events = [*stream]
+    assert next(e.text for e in events if e.type == 'response.output_text.done') == whole.output_text == events[-1].response.output_text
+    assert events[-1].type == f'response.{whole.status}'
+    text = client.completions.create(model='queen-of-hearts', prompt='Once upon a time,', max_tokens=4, temperature=0).choices[0].text
+    assert text == ''.join(e.choices[0].text for e in client.completions.create(model='queen-of-hearts', prompt='Once upon a time,', max_tokens=4, temperature=0, stream=True))
+    with pytest.raises(openai.NotFoundError, match='not served here'): client.embeddings.create(model='queen-of-hearts', input='x')
+
+
 def test_logprobs(server):
     "Each token with its log-probability and the likeliest beside it, the same whole and streamed; greedy takes the likeliest."
     client, _, _ = server
