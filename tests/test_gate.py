@@ -193,3 +193,23 @@ def test_health_and_keys(page, monkeypatch):
         with pytest.raises(RunError, match=says): key_for(host)
     monkeypatch.setenv('YOTHALIA_KEY', 'k'*16)
     assert key_for('0.0.0.0') == 'k'*16
+
+
+# --- readers: no text is so odd that it takes minutes
+@pytest.mark.parametrize('blank', [' ', '\t', '\u00a0', '\n', '*', '.', '"', '[', 'a', ':'])
+def test_readers_take_their_time_once(blank):
+    from yothalia.cards import decorated
+    from yothalia.characters import fits_card
+    from yothalia.cleaning import strip_labels
+    from yothalia.files import DataError
+    from yothalia.rows import text_chats
+    many, start = blank*12_000, time.perf_counter()
+    with contextlib.suppress(DataError): text_chats('a.txt', f'Ann{many}x\nAnn: hi\nBob: ho\nAnn{many}: hi\n')
+    for text in (f'a{many}b', f'user{many}b', f'{many}user:', f'user:{many}'): strip_labels(text)
+    decorated(f'@@depth {many}x'), decorated(f'@@depth x{many}'), fits_card(dict(user=f'{many}x', reply=f'x{many}'))
+    assert time.perf_counter() - start < 3
+
+
+def test_labels_go_at_both_ends():
+    from yothalia.cleaning import strip_labels
+    assert [strip_labels(t) for t in ('User: Hi', ' GPT :  Hi', 'Hi\nHuman:', 'Hi  用户：', 'my user: no', 'superuser:', 'Hi')] == ['Hi', 'Hi', 'Hi', 'Hi', 'my user: no', 'superuser:', 'Hi']

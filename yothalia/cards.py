@@ -134,8 +134,8 @@ def _plain_entry(e):
 def decorated(content:str) -> tuple[list[tuple[str,str,int]], str]: # (name, value, how many @) and the text below
     "Split the decorators from an entry's content."
     lines, found = content.split('\n'), []
-    while lines and (m := re.fullmatch(r'\s*(@{2,})(\w+)[ \t]*(.*?)\s*', lines[0])):
-        found.append((m[2].lower(), m[3], len(m[1])))
+    while lines and (m := re.fullmatch(r'(@{2,})(\w+)(.*)', lines[0].strip())):
+        found.append((m[2].lower(), m[3].strip(), len(m[1])))
         lines.pop(0)
     return found, '\n'.join(lines).strip() if found else content
 

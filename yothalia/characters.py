@@ -37,7 +37,7 @@ def fits_card(r:dict) -> bool:
     "Whether a row can stand among a card's examples and come out again as it was."
     texts = (r['user'], r['reply'])
     return not any(re.search(r'\{\{|\}\}|<(start|user|bot|char)>', t, re.I)
-                   or re.search(r'^\s*[^\n:：]{1,40}[:：]', t, re.M) for t in texts)
+                   or re.search(r'^[^\n:：]{1,40}[:：]', t, re.M) for t in texts)
 
 # lines whose answers can begin a talk: a greeting, or else somebody who asks who this is
 _OPENINGS = [re.compile(p, re.I) for p in (

@@ -53,7 +53,10 @@ _WHO = r'(?:human|user|assistant|assisstant|gpt|用户|助手|人类)'
 
 def strip_labels(text:str) -> str:
     "Remove the labels of speakers that a prompt template left at both ends."
-    return re.sub(rf'^\s*{_WHO}\s*[:：]\s*|\s*\b{_WHO}\s*[:：]\s*$', '', text, flags=re.I)
+    if m := re.match(rf'{_WHO}\s*[:：]', text.lstrip(), re.I): text = text.lstrip()[m.end():].lstrip()
+    end = text.rstrip()
+    m = re.search(rf'\b{_WHO}\s*[:：]$', end[-40:], re.I)
+    return end[:len(end)-len(m[0])].rstrip() if m else text
 
 def strip_space(text:str) -> str:
     "Trim; at most one space in a row, at most one empty line."

@@ -250,8 +250,15 @@ def json_root(name:str, text:str):
         if 'Extra data' in str(e): return None
         raise DataError(f'{name} line {getattr(e, "lineno", 1)} is not JSON: {e}') from None
 
+# %% ../nbs/data/files.ipynb #cab7c2fe
 def parquet_items(name:str, b:bytes) -> Iterator[tuple[int, dict]]:
     "Yield (number, dict) for each row of a Parquet file."
     import pyarrow as pa, pyarrow.parquet as pq
-    try: yield from enumerate(map(as_item, pq.read_table(pa.BufferReader(b)).to_pylist()), 1)
+    size, k = 0, 0
+    try:
+        for part in pq.ParquetFile(pa.BufferReader(b)).iter_batches(batch_size=1000):
+            size += sum((c.dictionary_decode() if pa.types.is_dictionary(c.type) else c).nbytes for c in part.columns)
+            if size > MAX_BYTES: _too_large(f'{name}, unpacked,')
+            for k, o in enumerate(part.to_pylist(), k+1): yield k, as_item(o)
+    except DataError: raise
     except (pa.ArrowException, OSError, ValueError) as e: raise DataError(f'{name} is not Parquet: {e}') from None
