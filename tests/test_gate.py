@@ -174,7 +174,7 @@ def test_a_hint_of_temperature_is_none():
 
 def test_bytes_of_parts_of_letters():
     from yothalia.models import load_tokenizer
-    from yothalia.serve import bytes_of
+    from yothalia.answers import bytes_of
     tok = load_tokenizer('smollm2-135m')
     ids = tok('你好, Ünal!')['input_ids']
     assert b''.join(bytes_of(tok, i) for i in ids).decode() == '你好, Ünal!' and any('\ufffd' in tok.decode([i]) for i in ids)
@@ -213,3 +213,60 @@ def test_readers_take_their_time_once(blank):
 def test_labels_go_at_both_ends():
     from yothalia.cleaning import strip_labels
     assert [strip_labels(t) for t in ('User: Hi', ' GPT :  Hi', 'Hi\nHuman:', 'Hi  用户：', 'my user: no', 'superuser:', 'Hi')] == ['Hi', 'Hi', 'Hi', 'Hi', 'my user: no', 'superuser:', 'Hi']
+
+
+# --- another engine behind, which is none, or does not stop
+@pytest.fixture
+def odd_engine():
+    "An address that answers as its path says."
+    from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, StreamingResponse
+    async def answer(request):
+        how = request.path_params['how']
+        if how == 'html': return HTMLResponse('<p>Hello')
+        if how == 'empty': return JSONResponse({})
+        if how == 'key': return JSONResponse(dict(error=dict(message='Incorrect key provided: sk-very-secret-of-the-operator, at db7.internal')), 401)
+        if how == 'busy': return JSONResponse(dict(error=dict(message='busy')), 429)
+        if how == 'away': return RedirectResponse('http://127.0.0.1:9/v1/completions', 307)
+        def endless():
+            while True: yield 'data: ' + json.dumps(dict(id='x', object='text_completion', created=1, model='m', choices=[dict(index=0, text=' word', finish_reason=None, logprobs=None)])) + '\n\n'
+        return StreamingResponse(endless(), media_type='text/event-stream')
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    server = uvicorn.Server(uvicorn.Config(Starlette(routes=[Route('/{how}/v1/completions', answer, methods=['POST'])]), port=port, log_level='error'))
+    t = threading.Thread(target=server.run, daemon=True); t.start()
+    while not server.started: time.sleep(.02)
+    yield f'http://127.0.0.1:{port}'
+    server.should_exit = server.force_exit = True; t.join(20)
+
+
+@pytest.mark.parametrize('how, says, status', [('html', 'ValueError', 502), ('empty', 'ValueError', 502), ('key', 'AuthenticationError 401', 502), ('busy', 'RateLimitError 429', 429),
+                                               ('away', '307', 502), ('endless', '', 500)])
+def test_odd_engines_behind(odd_engine, monkeypatch, caplog, how, says, status):
+    "What is no engine is told by its kind; the key goes to nobody, not into the log either; a talk goes nowhere else, and ends."
+    from yothalia.behind import Behind
+    from yothalia.models import load_tokenizer
+    monkeypatch.setenv('YOTHALIA_API_KEY', 'sk-very-secret-of-the-operator')
+    tok = load_tokenizer('smollm2-135m')
+    b = Behind(tok, f'{odd_engine}/{how}/v1', 'm', places=1)
+    b.client = b.client.with_options(max_retries=0)
+    r = b.ask(Request(tok('Hello')['input_ids'], Sampling(max_tokens=5)))
+    text = ''.join(r.pieces(60))
+    assert (r.ended == 'limit' and text.startswith('word word')) if how == 'endless' else (says in r.ended and r.status == status and not text), r.ended
+    assert 'secret' not in r.ended + caplog.text and 'internal' not in r.ended
+    b.stop()
+
+
+def test_what_goes_to_a_terminal_and_into_records():
+    from yothalia.contestants import ContestantError, check_url
+    from yothalia.core import SECRET, shown
+    assert shown('Hi\x1b]52;c;aGk=\x07\tthere\n') == 'Hi�]52;c;aGk=�\tthere\n'
+    for key in ('xai-'+'a'*20, 'gsk_'+'a'*20, 'AIza'+'a'*35, 'xoxb-123456789012', 'eyJhbGciOi.eyJzdWIiOiIx.abc'): assert SECRET.search(f'is {key} here')
+    for url in ('https://h/v1#abc', 'https://h/v1?key=a', 'https://h/hf_abcdefghijklmnopqrst/v1'):
+        with pytest.raises(ContestantError, match='no key'): check_url(url)
+
+
+def test_a_taken_port_is_said_before_the_model_loads():
+    from yothalia.commands import free_port
+    from yothalia.runner import RunError
+    with socket.create_server(('127.0.0.1', 0)) as s:
+        with pytest.raises(RunError, match='--port'): free_port('127.0.0.1', s.getsockname()[1])
+    free_port('127.0.0.1', 0)

@@ -39,7 +39,7 @@ async def following(r:Request, seconds:float, # from one piece to the next
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(.25): await bell.wait()
     finally: r.cancelled.set()
-    if r.ended and r.ended not in REASONS: raise Refused(500, r.ended, kind='server_error')
+    if r.ended and r.ended not in REASONS: raise Refused(r.status, r.ended, kind='server_error')
 
 # %% ../nbs/chat/answers.ipynb #1a9c0a7e
 _BYTE = {c: b for b, c in bytes_to_unicode().items()} # how byte-level tokenizers write bytes

@@ -31,9 +31,10 @@ class Behind:
     def __init__(self, tok, url:str, base:str,
                  tuned:str='', # the model's tokenizer; up to /v1; names there of the model and of it with the adapter
                  places:int=16, room:int=2048, waiting:int=64):
-        from openai import OpenAI
+        from openai import DefaultHttpxClient, OpenAI
         check_url(url)
-        self.client = OpenAI(base_url=url, api_key=key_for(url), max_retries=1, timeout=120)
+        self.client = OpenAI(base_url=url, api_key=key_for(url), max_retries=1, timeout=120,
+                             http_client=DefaultHttpxClient(follow_redirects=False)) # talks go where they were sent
         self.tok, self.room, self.names, self.url = tok, room, {False: base, True: tuned or base}, url
         self.pool, self.places, self.most, self.now = ThreadPoolExecutor(places), places, places + waiting, 0
         self.steps, self.tokens, self.tables, self.takes_ids = 0, 0, {}, None
@@ -65,7 +66,7 @@ def stop(self:Behind, seconds:float=10):
 # %% ../nbs/chat/behind.ipynb #07h0000e
 def take_text(r, piece:str, stops:tuple[str,...]) -> str: # a reply; what is certain now and was not before
     "Put a piece of text to a reply, which may end by it."
-    r.text = (r.text + piece).lstrip()
+    r.text = r.text + piece if r.begun else (r.text + piece).lstrip()
     if at := [i for t in stops if (i := r.text.find(t)) >= 0]:
         r.text = r.text[:min(at)]
         return close(r, 'stop text')
@@ -82,6 +83,9 @@ def begin(self:Behind, r:Request): # a stream of events
     fields = dict(model=self.names.get(r.on, r.on), max_tokens=s.max_tokens, temperature=s.temperature, top_p=s.top_p,
                 stream=True)
     if s.seed is not None: fields['seed'] = s.seed
+    fields |= {k: v for k, v in dict(frequency_penalty=s.frequency, presence_penalty=s.presence,
+                                     logit_bias={str(i): b for i, b in s.bias.items()}).items() if v}
+    if more := {k: v for k, v in dict(top_k=s.top_k, min_p=s.min_p).items() if v}: fields['extra_body'] = more
     if r.stops: fields['stop'] = list(r.stops[:4])
     text = self.tok.decode(r.prompt[1:] if r.prompt[0] == bos and self.tok('x')['input_ids'][0] == bos else r.prompt)
     if self.takes_ids is not False:
@@ -96,25 +100,35 @@ def begin(self:Behind, r:Request): # a stream of events
 
 # %% ../nbs/chat/behind.ipynb #07h0000f
 @patch
-def answer(self:Behind, r:Request):
+def listen(self:Behind, r:Request) -> str: # 'length' where it was cut off, 'cancelled', or something else
     "Hand out what the engine says, until it ends, or somebody does."
+    why, pieces, stream = '', 0, self.begin(r)
+    with stream:
+        for e in stream:
+            if r.cancelled.is_set(): return 'cancelled'
+            if not e.choices: continue
+            self.steps, pieces = self.steps+1, pieces+1
+            r.first = r.first or time.perf_counter()-r.asked
+            if piece := take_text(r, e.choices[0].text or '', r.stops): r.tell(piece)
+            why = e.choices[0].finish_reason or why
+            if pieces > 2*r.sampling.max_tokens + 8: why = 'length' # it was told to stop before
+            if r.ended or why == 'length': break
+    if not pieces: raise ValueError('what it sends is no completion: is the address that of an engine, up to /v1?')
+    return why
+
+# %% ../nbs/chat/behind.ipynb #fac11d4f
+@patch
+def answer(self:Behind, r:Request):
+    "Have the engine answer; what goes wrong is told to the client by its kind only, and to the log without the key."
     try:
-        if r.cancelled.is_set(): return r.end('cancelled')
-        why, stream = '', self.begin(r)
-        with stream:
-            for e in stream:
-                if r.cancelled.is_set(): return r.end('cancelled')
-                if not e.choices: continue
-                self.steps += 1
-                r.first = r.first or time.perf_counter()-r.asked
-                if piece := take_text(r, e.choices[0].text or '', r.stops): r.tell(piece)
-                why = e.choices[0].finish_reason or why
-                if r.ended: break
+        why = 'cancelled' if r.cancelled.is_set() else self.listen(r)
         r.ids = self.tok(r.text, add_special_tokens=False)['input_ids']
         self.tokens += len(r.ids)
-        r.end('' if r.ended else 'limit' if why == 'length' else 'turn')
+        r.end('' if r.ended else {'length': 'limit', 'cancelled': 'cancelled'}.get(why, 'turn'))
     except Exception as e:
         LOG.warning('the engine behind: %s', str(e)[:500].replace(self.client.api_key, '…'))
-        r.end(f'the engine behind failed: {type(e).__name__} {getattr(e, "status_code", "")}'.strip())
+        status = getattr(e, 'status_code', None)
+        r.status = status if status == 429 else 504 if 'Timeout' in type(e).__name__ else 502
+        r.end(f'the engine behind failed: {type(e).__name__} {status or ""}'.strip())
     finally:
         with self.lock: self.now -= 1

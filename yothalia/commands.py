@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['app', 'Recipe', 'Parameters', 'Name', 'Steps', 'one_sentence', 'listed', 'takes', 'run', 'show_parameters',
            'first_line', 'check', 'results', 'trained_run', 'export', 'verify', 'push', 'card', 'chat', 'named_values',
-           'serve_config', 'key_for', 'serve', 'submit', 'step', 'status', 'show_status', 'collect', 'fetch', 'site',
-           'docs']
+           'serve_config', 'key_for', 'free_port', 'serve', 'submit', 'step', 'status', 'show_status', 'collect',
+           'fetch', 'site', 'docs']
 
 # %% ../nbs/run/commands.ipynb #45f27690
-import inspect, json, os
+import inspect, json, os, socket
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -219,7 +219,7 @@ def card(file: Annotated[str, typer.Argument(help='a card to look at; without on
         else:
             from yothalia.export import card_of_run
             made = card_of_run(Run.open(name), character, picture)
-        for line in made.summary(user): console.print(line, markup=False, highlight=False)
+        for line in made.summary(user): console.print(shown(line), markup=False, highlight=False)
         if to or not file:
             place = made.save(to or rooted('_runs')/name/'cards'/f'{file_name(made)}.png')
             console.print(f'card        {tidy(place)}', markup=False, highlight=False, soft_wrap=True)
@@ -232,9 +232,9 @@ _WORN = dict(model='else the one that was trained, or the default',
 def _talk(s, user:str, console, place:Path):
     from yothalia.terminal import talk
     def show(piece):
-        console.file.write(piece)
+        console.file.write(shown(piece))
         console.file.flush()
-    def tell(text): console.print(text, markup=False, highlight=False)
+    def tell(text): console.print(shown(text), markup=False, highlight=False)
     talk(s, lambda: input(f'{user}: '), tell, show, place)
 
 # %% ../nbs/run/commands.ipynb #6d07ecf0
@@ -293,6 +293,13 @@ def key_for(host:str) -> str: # of the environment, or none
     raise RunError(f'{host} can be reached by others: set YOTHALIA_KEY in the environment to a long secret, '
                    'or leave --host out.')
 
+def free_port(host:str, port:int):
+    "A `RunError` if somebody else listens there already: said before the model is loaded rather than after."
+    try:
+        with socket.create_server((host, port), family=socket.AF_INET6 if ':' in host else socket.AF_INET): return
+    except OSError as e:
+        raise RunError(f'{host}:{port} cannot be listened to ({e.strerror}): say another --port.') from None
+
 # %% ../nbs/run/commands.ipynb #1c676345
 _BEHIND = dict(
     engine='another engine that does the work: its address up to /v1', engine_model='name of the model there',
@@ -315,6 +322,7 @@ def serve(name: Annotated[str, typer.Argument(help='a run in _runs')]='default',
     "Serve the characters of a run and of cards: a page in the browser, and OpenAI's API for every other program."
     with one_sentence() as console:
         key = key_for(host)
+        free_port(host, port)
         given['adapters'], given['origins'] = named_values(given.pop('adapter_of')), given.pop('origin')
         from yothalia.convert import quiet
         from yothalia.page import page_of

