@@ -68,7 +68,7 @@ def test_talk(page, served):
     page.get_by_label('another try').click(); page.wait_for_selector('text=2/2', timeout=90_000)
     second = page.locator('.assistant .said').last.inner_text(); assert second and second != first
     page.get_by_label('the try before').click(); assert page.locator('.assistant .said').last.inner_text() == first
-    with page.expect_response('**/page/keep'): page.locator('.assistant').last.get_by_label('good').click()
+    with page.expect_response(lambda r: '"thumb":1' in (r.request.post_data or '')): page.locator('.assistant').last.get_by_label('good').click()
     assert page.locator('.assistant').last.get_by_label('good').get_attribute('aria-pressed') == 'true'
     log = max((out/'chats').glob('queen-of-hearts-*.jsonl'), key=lambda p: p.stat().st_mtime)
     lines = [json.loads(l) for l in log.read_text().splitlines()]

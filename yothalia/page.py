@@ -39,7 +39,7 @@ class Page:
     # where talks and choices are kept; what a record will say
     def __init__(self, stage:Stage, out:str|Path, what:dict|None=None):
         self.stage, self.out, self.what, self.duels = stage, rooted(out), what or {}, OrderedDict()
-        self.picks = self.out/'picks.jsonl'
+        self.picks, self.keeping = self.out/'picks.jsonl', asyncio.Lock()
 
 @patch
 def conditions(self:Page) -> list[str]:
@@ -175,7 +175,7 @@ def written(self:Page, told:Talk) -> Path:
 async def keep(self:Page, request) -> JSONResponse:
     "Keep a talk."
     told = read_body(Talk, await body_of(request))
-    await asyncio.to_thread(self.written, told)
+    async with self.keeping: await asyncio.to_thread(self.written, told) # the latest last
     return JSONResponse(dict(turns=len(told.turns)))
 
 # %% ../nbs/chat/page.ipynb #07f00018
