@@ -118,6 +118,14 @@ def test_several(client):
     assert whole == alone == streamed and len(set(whole)) > 1
 
 
+def test_fingerprint(client, stage):
+    "A mark of the model, where there is one, in a whole reply and in each event."
+    stage.mark = 'fp_1'
+    try: got = [post(client, dict(messages=[U()])).json()] + [json.loads(l[6:]) for l in post(client, dict(messages=[U()], stream=True)).text.split('\n\n') if l.startswith('data: {')]
+    finally: stage.mark = ''
+    assert {o['system_fingerprint'] for o in got} == {'fp_1'} and len(got) > 2
+
+
 def test_penalties(stage):
     "What is subtracted from a token that was said, and a bias, arrive at the drawing."
     s = sampling_of(read_body(Chat, dict(messages=[U()], frequency_penalty=.5, presence_penalty=1, logit_bias={'9': -100})), 8)

@@ -64,8 +64,8 @@ class Answer:
     "Replies on their way to a client."
     prefix, last = '', 'data: [DONE]\n\n' # of its name; what ends a stream
     def __init__(self, rs:list[Request], asked:Drawn, tok, # what the engine answers; the body
-                 seconds:float=300): # from one piece to the next
-        self.rs, self.asked, self.tok, self.seconds = rs, asked, tok, seconds
+                 seconds:float=300, mark:str=''): # from one piece to the next; of the model that speaks
+        self.rs, self.asked, self.tok, self.seconds, self.mark = rs, asked, tok, seconds, mark or None
         self.id, self.born = self.prefix + uuid.uuid4().hex[:24], int(time.time())
 
     def usage(self) -> dict:
@@ -101,7 +101,8 @@ async def stream(self:Answer, gone): # as `wait`
 class ChatAnswer(Answer):
     "The answer of `/v1/chat/completions`."
     prefix = 'chatcmpl-'
-    def head(self, kind:str) -> dict: return dict(id=self.id, object=kind, created=self.born, model=self.asked.model)
+    def head(self, kind:str) -> dict:
+        return dict(id=self.id, object=kind, created=self.born, model=self.asked.model, system_fingerprint=self.mark)
 
     def whole(self) -> dict:
         return self.head('chat.completion') | dict(usage=self.usage(), choices=[

@@ -25,7 +25,7 @@ class Sampling:
     min_p: float = 0.        # tokens with this share of the likeliest one's probability
     guard: int = 8           # a run of so many tokens is not said twice in a reply; 0 for no guard
     max_tokens: int = 256
-    seed: int|None = None    # the same seed, the same reply
+    seed: int|None = None    # the same seed, the same reply, but for rounding beside others
     frequency: float = 0.    # taken from a token's logit each time the reply has it
     presence: float = 0.     # taken once if the reply has it
     bias: dict = field(default_factory=dict) # token → what is added to its logit

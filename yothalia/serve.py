@@ -61,6 +61,7 @@ class Stage:
     born: int = 0           # seconds since 1970
     aliases: dict = field(default_factory=dict) # another name of a condition → condition
     wears: dict = field(default_factory=dict) # name → its own adapter's name
+    mark: str = ''          # of model, precision and adapters: another one, other replies by the same seed
     strict: bool = False    # whether what can't be done is refused rather than left out and said
     lock: threading.Lock = field(default_factory=threading.Lock) # one conversation is made a prompt at a time
 
@@ -103,7 +104,8 @@ def stage_of(cfg:ServeConfig) -> Stage:
             engine.stop()
             Adapters(engine.model)  # says why
     return Stage(who, engine, find_template(run_template(cfg.out, cfg.template)), cfg.user, cfg.new_tokens,
-                 bool(place), int(time.time()), wears=own if cfg.engine else {n: n for n in own}, strict=cfg.strict)
+                 bool(place), int(time.time()), wears=own if cfg.engine else {n: n for n in own}, strict=cfg.strict,
+                 mark='fp_' + content_hash(cfg.model, cfg.precision, str(place), own, cfg.engine)[:10])
 
 # %% ../nbs/chat/serve.ipynb #07d00011
 @patch
@@ -244,7 +246,7 @@ async def answer(self:Stage, request, seconds:float=300) -> JSONResponse|Streami
     head = self.leave(left_out(asked), kind)
     rs = await asyncio.to_thread(of, self, asked)
     self.ask(rs)
-    answer = form(rs, asked, self.engine.tok, seconds)
+    answer = form(rs, asked, self.engine.tok, seconds, self.mark)
     if asked.stream:
         return StreamingResponse(answer.stream(request.is_disconnected), media_type='text/event-stream', headers=head)
     await answer.wait(request.is_disconnected)
