@@ -255,6 +255,16 @@ def test_odd_engines_behind(odd_engine, monkeypatch, caplog, how, says, status):
     b.stop()
 
 
+def test_a_contestants_key_stays_here(odd_engine, monkeypatch):
+    from yothalia.contestants import Contestant
+    monkeypatch.setenv('YOTHALIA_API_KEY', 'sk-very-secret-of-the-operator')
+    import openai
+    c = Contestant.__new__(Contestant)
+    c.client, c.host, c.name = openai.OpenAI(api_key='sk-very-secret-of-the-operator', base_url=f'{odd_engine}/key/v1', max_retries=0), 'h', 'm'
+    with pytest.raises(openai.AuthenticationError) as e: c.client.completions.create(model='m', prompt='x')
+    assert 'secret' in str(e.value) and 'secret' not in str(c.explained(e.value)) and 'refuses the key' in str(c.explained(e.value))
+
+
 def test_what_goes_to_a_terminal_and_into_records():
     from yothalia.contestants import ContestantError, check_url
     from yothalia.core import SECRET, shown

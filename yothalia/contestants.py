@@ -88,7 +88,7 @@ class Contestant:
 def explained(self:Contestant, e:Exception) -> Exception:
     "What is to be done about an error of the client."
     import openai as o
-    said = str(getattr(e, 'message', e))[:200]
+    said = str(getattr(e, 'message', e)).replace(self.client.api_key, '…')[:200] # a notebook keeps it
     for kind, text in ((o.AuthenticationError, 'refuses the key'), (o.PermissionDeniedError, 'does not allow this'),
                        (o.NotFoundError, f'has no model {self.name!r}, or no such address'),
                        (o.RateLimitError, 'still says that these are too many requests: lower `parallel`, or go on '
