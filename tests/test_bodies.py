@@ -167,6 +167,8 @@ def test_responses(client):
     assert [e['sequence_number'] for e in events] == [*range(len(events))] and events[0]['type'] == 'response.created' and events[-1]['response']['output'][0] == events[-2]['item']
     parts = [dict(role='user', content=[dict(type='input_text', text=U()['content'])])]
     assert post(client, dict(ask, input=parts), '/v1/responses').json()['output'][0]['content'][0]['text'] == chat
+    got = post(client, dict(ask, top_logprobs=2), '/v1/responses')
+    assert got.status_code == 200 and got.headers['X-Yothalia-Ignored'] == 'top_logprobs'
     got = post(client, dict(ask, previous_response_id='resp_1'), '/v1/responses')
     assert got.status_code == 400 and 'not kept here' in got.json()['error']['message']
 

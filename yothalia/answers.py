@@ -81,9 +81,9 @@ class Answer:
         try:
             for r in self.rs:
                 async for _ in following(r, self.seconds, gone): pass
-        finally: self.leave()
+        finally: self.cancel()
 
-    def leave(self):
+    def cancel(self):
         for r in self.rs: r.cancelled.set()
 
 # %% ../nbs/chat/answers.ipynb #3ef89f63
@@ -94,7 +94,7 @@ async def stream(self:Answer, gone): # as `wait`
         async with contextlib.aclosing(self.events(gone)) as every:
             async for event in every: yield self.written(event)
     except Refused as e: yield self.written(self.failed(e))
-    finally: self.leave()
+    finally: self.cancel()
     if self.last: yield self.last
 
 # %% ../nbs/chat/answers.ipynb #ed09b61e

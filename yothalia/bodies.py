@@ -112,8 +112,6 @@ class Responded(Drawn):
     instructions: Text|None = None
     max_output_tokens: Length = None
     previous_response_id: Text|None = None
-    logprobs: None = None
-    top_logprobs: None = None
 
 # %% ../nbs/chat/bodies.ipynb #2d63b96f
 def where(loc:tuple) -> str:
@@ -167,8 +165,9 @@ def sampling_of(asked:Drawn, new_tokens:int) -> Sampling: # tokens of a reply wh
     if asked.seed is not None: given['seed'] = asked.seed % 2**63
     return Sampling(**{k: v for k, v in given.items() if v is not None})
 
-def likely_of(asked:Chat) -> int|None: # None where nothing is to be shown
-    "How many log-probabilities are wanted at each place."
+def likely_of(asked:Drawn) -> int|None: # None where nothing is to be shown
+    "How many log-probabilities are wanted at each place; of a chat only."
+    if not isinstance(asked, Chat): return None
     if asked.logprobs is None or asked.logprobs is False:
         if asked.top_logprobs: raise Refused(400, 'top_logprobs needs logprobs to be true.', 'top_logprobs')
         return None

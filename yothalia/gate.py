@@ -6,7 +6,6 @@
 __all__ = ['LOCAL', 'host_name', 'not_let_in', 'Gate', 'Patient', 'most_connections']
 
 # %% ../nbs/chat/gate.ipynb #b9d79808
-import resource
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -71,8 +70,11 @@ class Patient(H11Protocol):
         self.bell.cancel()
         super().connection_lost(exc)
 
+# %% ../nbs/chat/gate.ipynb #95b98438
 def most_connections(spare:int=64, most:int=4096) -> int: # files that are kept for other things
     "How many connections the process may have, after it has been given all the files that it can have."
+    try: import resource
+    except ImportError: return most-spare # Windows has no such limit
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     files = most if hard == resource.RLIM_INFINITY else min(hard, most)
     if soft < files: resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))

@@ -192,7 +192,7 @@ def ask(self:Stage, rs:list[Request]):
         raise Refused(400, f'{e}.', 'messages', 'context_length_exceeded') from None
 
 @patch
-def leave(self:Stage, names:list[str], kind=Chat) -> dict: # what was left out; a class of bodies; headers
+def noted(self:Stage, names:list[str], kind=Chat) -> dict: # what was left out; a class of bodies; headers
     "Say in a header, and once in the log, what was left out; refuse it where that is wanted."
     if self.strict: insist(names, kind.model_fields)
     names = [re.sub('[^ -~]', '?', k)[:80] for k in names[:20]]
@@ -243,7 +243,7 @@ async def answer(self:Stage, request, seconds:float=300) -> JSONResponse|Streami
     "A reply, whole or as it is said."
     kind, of, form = FORMS[request.url.path]
     asked = read_body(kind, await body_of(request))
-    head = self.leave(left_out(asked), kind)
+    head = self.noted(left_out(asked), kind)
     rs = await asyncio.to_thread(of, self, asked)
     self.ask(rs)
     answer = form(rs, asked, self.engine.tok, seconds, self.mark)
