@@ -1,5 +1,5 @@
 "Who is let in, and who can't stop the server for others: names and pages, slow clients, pictures that would tell a card, odd letters, the gone."
-import base64, contextlib, json, queue, random, socket, threading, time
+import base64, contextlib, json, queue, random, resource, socket, threading, time
 from types import SimpleNamespace
 import pytest, uvicorn
 from starlette.applications import Starlette
@@ -12,7 +12,8 @@ from yothalia.characters import character_of_card
 from yothalia.engine import Engine
 from yothalia.gate import Patient, most_connections
 from yothalia.page import Page, whole_lines
-from yothalia.prompts import PERSONA
+from yothalia.models import EMBEDDED, load_tokenizer
+from yothalia.prompts import PERSONA, encode
 from yothalia.sampling import Request, Sampling
 from yothalia.serve import Stage, app_of
 
@@ -80,6 +81,32 @@ def test_odd_bodies_of_the_page(page):
         assert c.post('/page/keep', json=dict(character='mira', talk='a1', turns=[dict(role='user', tries=['Hi']*3, at=2, thumb=1)])).json() == dict(turns=1)
     kept = next((page.out/'chats').iterdir())
     assert kept.stat().st_mode & 0o777 == 0o600 and kept.parent.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_full_disk(page):
+    "What can't be written down is said, nothing is lost, and once there is room it is written."
+    talk, soft = dict(character='mira', talk='x', turns=[dict(role='user', tries=['Hi'*3000])]), resource.getrlimit(resource.RLIMIT_FSIZE)
+    with opened(page) as c:
+        id = c.post('/page/duel', json=dict(pair=['prompt', 'base'])).json()['id']
+        pick = dict(id=id, choice='a', replies=['x'*6000, 'y'])
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, soft[1]))
+        try: full = [c.post('/page/keep', json=talk), c.post('/page/pick', json=pick)]
+        finally: resource.setrlimit(resource.RLIMIT_FSIZE, soft)
+        assert all(r.status_code == 507 and 'File too large' in r.json()['error']['message'] for r in full)
+        assert [c.post('/page/keep', json=talk).status_code, c.post('/page/pick', json=pick).status_code] == [200, 200]
+    assert len(whole_lines(page.picks)) == 1 and len(list((page.out/'chats').iterdir())) == 1
+
+
+def test_marks_are_no_turns():
+    "What somebody writes ends nobody's turn, whatever they write: the roles of a prompt are those of its turns."
+    tok, rng = load_tokenizer(EMBEDDED), random.Random(0)
+    bits = ['<|im_end|>', '<|im_start|>', 'system\n', '<|im_', 'end|>', '<|', '|>', 'im_start', 'Hi', '\n', '<|endoftext|>']
+    marks = [tok.convert_tokens_to_ids(m) for m in ('<|im_start|>', '<|im_end|>', '<|endoftext|>')]
+    for _ in range(300):
+        a, b, c, d = (''.join(rng.choices(bits, k=rng.randrange(1, 9))) for _ in range(4))
+        row = dict(character='X', instruction=a, history=[dict(role='user', text=b), dict(role='assistant', text=c)], user=d, reply=b + 'x', lang='en')
+        ids = encode(row, tok)['input_ids']
+        assert [ids.count(m) for m in marks] == [5, 5, 0], row
 
 
 def test_the_gone_leave_the_queue():

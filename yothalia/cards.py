@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['TEXTS', 'MORE_TEXTS', 'LISTS', 'OTHER_SPELLINGS', 'BACKFILLED', 'MAX_JSON', 'MAX_PNG', 'MAX_ARCHIVE', 'MAX_DEPTH',
-           'SIGNATURE', 'MAX_TEXT', 'MAX_STEPS', 'SECONDS', 'PLACES', 'CardError', 'Card', 'card_of', 'decorated',
-           'parse_json', 'to_json', 'png_chunks', 'from_png', 'bare', 'portrait', 'from_charx', 'card_from',
-           'read_card', 'fill', 'steps', 'key_found', 'Entry', 'entry_of', 'wakes', 'within_budget', 'file_name']
+           'SIGNATURE', 'MAX_TEXT', 'MAX_STEPS', 'SECONDS', 'PLACES', 'CardError', 'Card', 'whole_letters', 'card_of',
+           'decorated', 'parse_json', 'to_json', 'png_chunks', 'from_png', 'bare', 'portrait', 'from_charx',
+           'card_from', 'read_card', 'fill', 'steps', 'key_found', 'Entry', 'entry_of', 'wakes', 'within_budget',
+           'file_name']
 
 # %% ../nbs/data/cards.ipynb #07a00004
 import base64, functools, io, json, random, re, struct, time, zipfile, zlib
@@ -15,6 +16,7 @@ from pathlib import Path
 import regex
 from fastcore.basics import patch
 from .core import *
+from .files import UNPACKING
 
 # %% ../nbs/data/cards.ipynb #925c60ee
 TEXTS = ('name', 'description', 'personality', 'scenario', 'first_mes', 'mes_example') # V1, all that it has
@@ -37,6 +39,10 @@ class Card:
     odd: list = field(default_factory=list, compare=False) # sentences: what was unusual, and how it was read
 
 # %% ../nbs/data/cards.ipynb #71d9d56d
+def whole_letters(text:str) -> str:
+    "The same text, halves of letters replaced: JSON may hold them, and UTF-8 can't."
+    return text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
+
 def _text(v) -> str|None: # None: nothing readable
     "A text that was written as something else."
     if isinstance(v, str): return v
@@ -56,7 +62,7 @@ def _book(v) -> dict|None:
     if not isinstance(v, dict): return None
     entries = v.get('entries')
     if isinstance(entries, dict): entries = list(entries.values())
-    if not isinstance(entries, list): return v
+    if not isinstance(entries, list): return v if entries is None else v | dict(entries=[])
     return v | dict(entries=[_world_entry(e) if isinstance(e, dict) else e for e in entries])
 
 def _world_entry(e:dict) -> dict:
@@ -260,7 +266,7 @@ def portrait(name:str) -> bytes:
 def to_png(self:Card, picture:bytes=b'' # a PNG; else its own, or a plain one
           ) -> bytes:
     "The card in its picture, for programs that know V3 and for those that know V2."
-    chunks = png_chunks(picture or self.picture or portrait(self.data['name']), 'the picture')
+    chunks = png_chunks(picture or self.picture or portrait(whole_letters(self.data['name'])), 'the picture')
     kept = [(k, b) for k, b in chunks if not (k in (b'tEXt', b'zTXt', b'iTXt')
                                               and b.split(b'\0')[0].lower() in (b'chara', b'ccv3'))]
     text = lambda word, o: (b'tEXt', word + b'\0' + base64.b64encode(json.dumps(o).encode()))
@@ -271,8 +277,7 @@ def to_png(self:Card, picture:bytes=b'' # a PNG; else its own, or a plain one
 def from_charx(b:bytes, name:str='the card') -> Card:
     "The card in an archive, with its assets."
     try: z = zipfile.ZipFile(io.BytesIO(b))
-    except (zipfile.BadZipFile, ValueError, NotImplementedError) as e:
-        raise CardError(f'{name} is not a whole archive: {e}') from None
+    except UNPACKING as e: raise CardError(f'{name} is not a whole archive: {e}') from None
     if 'card.json' not in z.namelist(): raise CardError(f'{name} is an archive without card.json: it is no .charx.')
     if len(z.infolist()) > 5000:
         raise CardError(f'{name} holds {len(z.infolist()):,} files, more than a card may have.')
@@ -282,8 +287,7 @@ def from_charx(b:bytes, name:str='the card') -> Card:
         if i.flag_bits & 1: raise CardError(f'{name}: {i.filename} is encrypted.')
         try:
             with z.open(i) as f: got = f.read(left+1)
-        except (zipfile.BadZipFile, zlib.error, OSError, NotImplementedError, EOFError) as e:
-            raise CardError(f'{name}: {i.filename} is damaged: {e}') from None
+        except UNPACKING as e: raise CardError(f'{name}: {i.filename} is damaged: {e}') from None
         left -= len(got)
         if left < 0: raise CardError(f'{name} unpacks to more than {MAX_ARCHIVE/2**20:.0f} MB.')
         files[i.filename] = got
@@ -374,14 +378,14 @@ def fill(text:str, char:str, user:str, # names
 @patch
 def speaker(self:Card) -> str:
     "What the character is called in a conversation."
-    return self.data.get('nickname') or self.data['name']
+    return whole_letters(self.data.get('nickname') or self.data['name'])
 
 @patch
 def said(self:Card, text:str, user:str='User', original:str='', rng=random) -> str:
     "One of its texts as it is told: macros replaced, halves of characters out."
-    text = text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
-    return fill(text, self.speaker(), user, original, rng, self.data['name']).strip()
+    return fill(whole_letters(text), self.speaker(), user, original, rng, self.data['name']).strip()
 
+# %% ../nbs/data/cards.ipynb #febc8444
 @patch
 def greetings(self:Card, user:str='User', rng=random) -> list[str]:
     "How it may begin: its first message and the alternatives."

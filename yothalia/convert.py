@@ -132,12 +132,16 @@ def gguf_model(path:str|Path # a GGUF file
 def gguf_architecture(path:Path) -> str:
     "The architecture that a GGUF file names, read from its header (GGUF specification, version 3)."
     with open(path, 'rb') as f:
-        magic, version, _, n = struct.unpack('<4sIQQ', f.read(24).ljust(24, b'\0'))
-        if magic != b'GGUF': raise ModelError(f'{path.name} is not a GGUF file: it begins with {magic!r}.')
-        size = struct.unpack('<Q', f.read(8))[0]
-        key, kind = f.read(min(size, 999)), struct.unpack('<I', f.read(4))[0]
-        if key != b'general.architecture' or kind != 8: return ''  # by convention it stands first
-        return f.read(struct.unpack('<Q', f.read(8))[0]).decode()
+        if (magic := f.read(4)) != b'GGUF':
+            raise ModelError(f'{path.name} is not a GGUF file: it begins with {magic!r}.')
+        f.seek(24)
+        def text(): return f.read(min(struct.unpack('<Q', f.read(8))[0], 999))
+        try:
+            key, kind = text(), struct.unpack('<I', f.read(4))[0]
+            if key != b'general.architecture' or kind != 8: return ''  # by convention it stands first
+            return text().decode('ascii')
+        except (struct.error, UnicodeDecodeError):
+            raise ModelError(f'{path.name} is damaged or cut off: bring a whole copy.') from None
 
 def check_gguf(path:Path):
     "A `ModelError` if a GGUF file cannot be read here."
@@ -211,14 +215,14 @@ def read_weights(file:Path) -> dict: # name → tensor
     "The tensors of a file; a `ModelError` if it holds anything else."
     import torch
     from safetensors.torch import load_file
-    if file.suffix == '.safetensors': return load_file(file)
     try:
+        if file.suffix == '.safetensors': return load_file(file)
         try: got = torch.load(file, map_location='cpu', weights_only=True, mmap=True)
         except RuntimeError: got = torch.load(file, map_location='cpu', weights_only=True) # of before torch 1.6
     except Exception as e:
+        remedy = 'Bring a whole copy' if file.suffix == '.safetensors' else 'Give a folder with safetensors'
         raise ModelError(f'{file.name} could not be read as tensors and nothing else '
-                         f'({str(e).splitlines()[0][:120]}): it is '
-                         f'refused. Give a folder with safetensors.') from None
+                         f'({str(e).splitlines()[0][:120]}): it is refused. {remedy}.') from None
     return {n: t for n, t in got.items() if torch.is_tensor(t)}
 
 # %% ../nbs/base/convert.ipynb #3e87a8ae

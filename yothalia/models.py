@@ -13,7 +13,7 @@ __all__ = ['PRECISIONS', 'PrecisionName', 'TrainedPrecision', 'ALIASES', 'API', 
            'ModelError', 'quiet']
 
 # %% ../nbs/base/models.ipynb #b3d16df2
-import functools, json, os, re
+import functools, json, math, os, re
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -214,16 +214,18 @@ def _why_not(name:str, # the model as asked for
 # %% ../nbs/base/models.ipynb #8247382f
 def parameters(folder:str|Path # a local model folder
               ) -> tuple[int, int]: # parameters of the blocks' linear layers, all others
-    """Count parameters from the headers of the safetensors files
-    ([format](https://github.com/huggingface/safetensors#format)); of pickled ones by their size, at two bytes each."""
+    "Count parameters from the headers of the safetensors files; of pickled ones by their size, at two bytes each."
+    from safetensors import SafetensorError, safe_open
     files, linear, other = weight_files(Path(folder)), 0, 0
     if files and files[0].suffix == '.bin': return sum(p.stat().st_size for p in files)//2, 0
     for p in files:
-        with open(p, 'rb') as f: head = json.loads(f.read(int.from_bytes(f.read(8), 'little')))
-        for name, t in head.items():
-            if name == '__metadata__': continue
-            n = functools.reduce(int.__mul__, t['shape'], 1)
-            if len(t['shape']) == 2 and not re.search('embed|lm_head|wte|wpe', name): linear += n
+        try:
+            with safe_open(p, 'np') as f: shapes = {k: f.get_slice(k).get_shape() for k in f.keys()}
+        except (SafetensorError, OSError) as e:
+            raise ModelError(f'{p.name} is damaged or cut off ({e}): bring a whole copy.') from None
+        for name, shape in shapes.items():
+            n = math.prod(shape)
+            if len(shape) == 2 and not re.search('embed|lm_head|wte|wpe', name): linear += n
             else: other += n
     return linear, other
 

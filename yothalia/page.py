@@ -102,14 +102,15 @@ async def pick(self:Page, request) -> JSONResponse:
     "Write down which was better, and tell who was who."
     o = await body_of(request)
     if o.get('choice') not in ('a', 'b', 'tie'): raise Refused(400, 'choice must be a, b or tie.', 'choice')
-    order = self.duels.pop(str(o.get('id')), None)
+    order = self.duels.get(str(o.get('id')))
     if order is None:
         raise Refused(404, 'This comparison is over, or the server was started anew: say your line again.', 'id')
-    for s in 'ab': self.stage.aliases.pop(f"{o['id']}.{s}", None)
     line = dict(time=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()), character=str(o.get('character', ''))[:200],
                 first=order[0], second=order[1], choice=dict(a=order[0], b=order[1]).get(o['choice'], 'tie'),
                 replies=o.get('replies'), messages=o.get('messages'))
     add_line(self.picks, line)
+    self.duels.pop(str(o['id']))
+    for s in 'ab': self.stage.aliases.pop(f"{o['id']}.{s}", None)
     lines = whole_lines(self.picks)
     save_picks(self.out, lines, self.what)
     which = order if o['choice'] == 'tie' else [order[o['choice'] == 'b']]
@@ -198,7 +199,10 @@ def routes(self:Page) -> list[tuple]: # path, an async function of a request, me
     def own(f):
         async def answer(request):
             same_page(request)
-            return await f(request)
+            try: return await f(request)
+            except OSError as e:
+                raise Refused(507, f'This could not be written down ({e.strerror}); it stays on the page.',
+                              kind='server_error') from None
         return answer
     return [*((path, text(static(name), kind), 'GET', False) for path, (name, kind) in STATIC.items()),
             ('/page/picture/{name}', self.picture, 'GET', True), ('/page/who', self.who, 'GET', True),

@@ -188,11 +188,12 @@ def messages(row:dict, tok, # a row, the model's tokenizer
     if template.examples and template._exchanges is None:
         raise DataError('this template shows examples: say by `drawn_from` from which rows')
     earlier = template._exchanges.near(row, template.examples) if template.examples else []
+    row = row | dict(instruction=unmarked(tok, row.get('instruction') or ''))
     system, first = filled(template.system, row), True
     out = [dict(role='system', content=system)] if system or speaks_up(tok) else []
     for turn in (*earlier, *(row.get('history') or ()), dict(role='user', text=row['user'])):
-        text = filled(template.first if first else template.user, row,
-                      turn['text']) if turn['role'] == 'user' else turn['text']
+        text = unmarked(tok, turn['text'])
+        if turn['role'] == 'user': text = filled(template.first if first else template.user, row, text)
         first = first and turn['role'] != 'user'
         out.append(dict(role=turn['role'], content=text))
     return out
@@ -216,13 +217,13 @@ def render(row:dict, tok, # the model's tokenizer
            template:Template=PERSONA) -> tuple[str,str]: # prompt, completion
     "The row as text: what the model is given, and what it shall say, with what its template writes behind it."
     _, prompt, lead, after = told_turns(row, tok, template)
-    return prompt, lead + row['reply'] + after
+    return prompt, lead + unmarked(tok, row['reply']) + after
 
 # %% ../nbs/data/prompts.ipynb #b9bed673
 def encode(row:dict, tok, template:Template=PERSONA) -> dict[str,list[int]]: # input_ids and labels, of equal length
     "Ids and labels of a row: trained are the reply and the token that ends its turn."
     _, prompt, lead, after = told_turns(row, tok, template)
-    given, said = text_ids(tok, prompt), reply_ids(tok, prompt, lead + row['reply'], after)
+    given, said = text_ids(tok, prompt), reply_ids(tok, prompt, lead + unmarked(tok, row['reply']), after)
     return dict(input_ids=given+said, labels=[-100]*len(given)+said)
 
 # %% ../nbs/data/prompts.ipynb #6457f49b
@@ -269,7 +270,7 @@ def encode_chain(chain:list[dict], # from `chains`
     msgs, *_ = told_turns(last, tok, template)
     for n in [len(msgs)-1-len(last['history'])+len(r['history']) for r in chain]: # which turns are answered
         prompt, lead, after = reply_place(tok, msgs[:n+1])
-        reply = msgs[n+1]['content'] if n+1 < len(msgs) else last['reply']
+        reply = msgs[n+1]['content'] if n+1 < len(msgs) else unmarked(tok, last['reply'])
         given, said = text_ids(tok, prompt), reply_ids(tok, prompt, lead + reply, after)
         if given[:len(ids)] != ids: return None
         labels += [-100]*(len(given)-len(ids)) + said

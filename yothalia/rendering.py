@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHAT_TEMPLATES', 'OTHERWISE', 'ChatTemplateName', 'DAY', 'SWITCHES', 'MARKER', 'ChatForm', 'jinja_of',
-           'find_chat_template', 'known_chat_template', 'rendered', 'reply_place', 'text_ids', 'stop_ids',
+           'find_chat_template', 'known_chat_template', 'rendered', 'reply_place', 'unmarked', 'text_ids', 'stop_ids',
            'give_chat_template', 'reply_ids']
 
 # %% ../nbs/data/rendering.ipynb #1dc1e54a
@@ -148,6 +148,11 @@ def _special_words(tok) -> re.Pattern:
     "An expression for all special tokens of a tokenizer."
     names = [n for n in tok.convert_ids_to_tokens(sorted(_specials(tok))) if n]
     return re.compile('|'.join(map(re.escape, sorted(names, key=len, reverse=True))) or r'(?!)')
+
+def unmarked(tok, text:str) -> str:
+    "What somebody says without the tokenizer's special tokens, which would end the turn or begin another's."
+    while (less := _special_words(tok).sub('', text)) != text: text = less # what is left may make a mark again
+    return text
 
 def text_ids(tok, text:str) -> list[int]:
     "The ids of a text as it stands: a rendered one holds its special tokens already."

@@ -14,7 +14,7 @@ from .core import *
 from .models import *
 from .prompts import *
 from .runs import *
-from .rendering import text_ids
+from .rendering import text_ids, unmarked
 from .cards import read_card
 from .characters import Character, cast_of_run, character_of_card, free_name, slug
 from .bodies import *
@@ -138,7 +138,7 @@ def requests_of(self:Stage, asked:Chat) -> list[Request]: # as many as are wante
     c = conversation(asked.messages, who.name, self.user)
     with self.lock:
         s = Session(self.engine, who, self.user, self.template if told else None, sampling, self.engine.room-8, on)
-        s.scene, s.begun = c.scene if told else '', c.begun
+        s.scene, s.begun = c.scene if told else '', unmarked(self.engine.tok, c.begun)
         for t in c.turns: s.add(t['role'], t['text'])
         prompt = text_ids(self.engine.tok, s.prompt())
     begun, stops = tuple(prompt[-8:]) if c.begun else (), s.stops() + tuple(t for t in asked.stop if t)
