@@ -162,6 +162,7 @@ def _watched(trainer, tokens:list[int]) -> list[dict]:
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Watch())
     with quiet(): trainer.train()
+    if len(seen) != len(tokens): raise TrainError(f'{len(tokens)} steps were to be trained, and {len(seen)} were.')
     return [s | dict(tokens=n) for s, n in zip(seen, tokens)]
 
 # %% ../nbs/studies/speed.ipynb #02d0000dy
@@ -203,8 +204,8 @@ def _sft(model, data:list[dict], cfg:SpeedConfig, tok=None, **how) -> list[dict]
     tokens = [len(p['input_ids']) for p in made]
     with tempfile.TemporaryDirectory() as box:
         args = _arguments(cfg, box, per_device_train_batch_size=1, packing=True, max_length=max(tokens),
-                          gradient_checkpointing=False, train_sampling_strategy='sequential',
-                          dataset_kwargs=dict(skip_prepare_dataset=True), **how)
+                          gradient_accumulation_steps=1, gradient_checkpointing=False,
+                          train_sampling_strategy='sequential', dataset_kwargs=dict(skip_prepare_dataset=True), **how)
         return _watched(SFTTrainer(model, SFTConfig(**args), train_dataset=Dataset.from_list(made),
                                    processing_class=tok or load_tokenizer(EMBEDDED)), tokens)
 
