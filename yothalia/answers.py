@@ -62,7 +62,8 @@ def logprobs_of(r:Request, tok, first:int=0 # from this token on
 # %% ../nbs/chat/answers.ipynb #f823fdca
 class Answer:
     "Replies on their way to a client."
-    prefix, last = '', 'data: [DONE]\n\n' # of its name; what ends a stream
+    # of its name; what ends a stream; what it is
+    prefix, last, media = '', 'data: [DONE]\n\n', 'text/event-stream'
     def __init__(self, rs:list[Request], asked:Drawn, tok, # what the engine answers; the body
                  seconds:float=300, mark:str=''): # from one piece to the next; of the model that speaks
         self.rs, self.asked, self.tok, self.seconds, self.mark = rs, asked, tok, seconds, mark or None
