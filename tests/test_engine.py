@@ -70,3 +70,55 @@ def test_stopped_gently_and_full(lm, tok):
     with pytest.raises(queue.Full): engine.ask(Request(p, Sampling(max_tokens=4)))
     engine.stop(60)
     assert first.ended in ('limit', 'turn') and {o.ended for o in others} == {'the engine has stopped'}
+
+
+
+
+def test_a_short_one_does_not_wait_for_long_ones(lm, tok):
+    "Four long replies on two places, and then a short one: it is said first, and all say what they would say alone."
+    prompts = [text_ids(tok, t) for t in ('Once upon a time there was a', 'The sea was', 'In the year 1700 a ship', 'My name is')]
+    how, engine = Sampling(temperature=0., guard=0, max_tokens=50), Engine(lm, tok, places=2, waiting=16)
+    long = [engine.ask(Request(p, replace(how))) for p in prompts]
+    long[0].out.get(timeout=60)
+    short = engine.ask(Request(text_ids(tok, 'The cat sat on'), replace(how, max_tokens=4)))
+    ''.join(short.pieces(120))
+    assert not any(r.ended in ('turn', 'limit') for r in long) and max(len(r.ids) for r in long) < 50
+    [''.join(r.pieces(120)) for r in long[1:]]; ''.join(p for p in iter(lambda: long[0].out.get(timeout=60), None))
+    engine.stop()
+    assert [r.text for r in long] == [alone(lm, tok, p, how) for p in prompts] and not engine.standing and not engine.reading
+
+
+def test_a_long_prompt_is_read_between_the_words_of_others(lm, tok):
+    "Whoever is in the middle of a sentence goes on while a newcomer with a thousand tokens is read."
+    engine, how = Engine(lm, tok, places=4, room=2048), Sampling(temperature=0., guard=0, max_tokens=60)
+    first = engine.ask(Request(text_ids(tok, 'Once upon a time there was a'), replace(how))); first.out.get(timeout=60)
+    said, long = len(first.ids), text_ids(tok, 'Once upon a time there was a queen who never laughed. ' * 90)[:1000]
+    new = engine.ask(Request(long, replace(how, max_tokens=4)))
+    new.out.get(timeout=120)
+    meanwhile = len(first.ids) - said
+    ''.join(p for p in iter(lambda: first.out.get(timeout=60), None)); ''.join(p for p in iter(lambda: new.out.get(timeout=60), None))
+    engine.stop()
+    assert meanwhile >= len(long)//engine.piece - 1 and new.text == alone(lm, tok, long, replace(how, max_tokens=4))
+
+
+def test_what_was_read_is_not_read_again(lm, tok):
+    "The next line of a talk is read from where it goes on; another adapter's or another talk's memory is nobody's, and with a seed all is read."
+    engine, how, read = Engine(lm, tok, places=3), Sampling(temperature=0., guard=0, max_tokens=5), []
+    more = engine.read_some
+    def watched(one):
+        before = one[1].at if one[1] else engine.begin(one[0]).at
+        more(one); read.append((id(one[0]), one[1].at - before))
+    engine.read_some = watched
+    persona = text_ids(tok, 'You are the Queen of Hearts, and you shout at everybody who comes near to the tarts. ' * 16)
+    def say(line, **kw):
+        r = engine.ask(Request(persona + text_ids(tok, line), replace(how, **kw))); ''.join(r.pieces(60))
+        assert r.text == alone(lm, tok, r.prompt, how), line
+        return sum(n for k, n in read if k == id(r)), len(r.prompt)
+    say(' Hello there!')
+    again, whole = say(' May I have a tart?')
+    seeded = [say(' And a cup of tea?', seed=3)[0] for _ in range(3)]
+    assert 0 < again < 12 < 2*engine.piece < whole and seeded == [whole - whole//engine.piece*engine.piece]*3 # at a whole piece
+    one = engine.ask(Request(persona[:60] + text_ids(tok, ' The secret word is MARMALADE.'), replace(how))); ''.join(one.pieces(60))
+    other = engine.ask(Request(persona[:60] + text_ids(tok, ' The secret word is'), replace(how))); ''.join(other.pieces(60))
+    engine.stop()
+    assert other.text == alone(lm, tok, other.prompt, how) and sum(len(o.ids) for o in engine.kept.all) <= engine.kept.most

@@ -117,6 +117,7 @@ class Request:
     first: float = 0.            # seconds to the first token
     seconds: float = 0.          # in all
     sent: int = 0                # characters that were handed out
+    rested: int = 0              # tokens that were said when it last sat down
     shown: list = field(default_factory=list) # for each token: its id and log-probability, and those of the likeliest
     draw: torch.Generator|None = None
     flow: Iterator|None = None   # a speaker that speaks while one listens hands its pieces out here

@@ -10,7 +10,7 @@ async function ask(path, body, signal) {
   return r;
 }
 async function stream(model, messages, onText, signal) {
-  const r = await ask('/v1/chat/completions', {model, messages, stream: true, seed: Math.floor(Math.random() * 2**31)}, signal);
+  const r = await ask('/v1/chat/completions', {model, messages, stream: true}, signal);
   const reader = r.body.pipeThrough(new TextDecoderStream()).getReader(); let rest = '', text = '';
   for (;;) {
     const {value, done} = await reader.read(); if (done) return text;
