@@ -122,3 +122,29 @@ def test_what_was_read_is_not_read_again(lm, tok):
     other = engine.ask(Request(persona[:60] + text_ids(tok, ' The secret word is'), replace(how))); ''.join(other.pieces(60))
     engine.stop()
     assert other.text == alone(lm, tok, other.prompt, how) and sum(len(o.ids) for o in engine.kept.all) <= engine.kept.most
+
+
+def test_stopped_while_it_speaks(lm, tok):
+    "A server that is told to stop lets a short reply be finished; a long one ends with a word on it when the time is over, whoever waits is told, and the stream is whole."
+    import json, signal, socket, httpx, uvicorn
+    from yothalia.characters import character_of
+    from yothalia.prompts import PERSONA
+    from yothalia.serve import Server, Stage, app_of
+    stage = Stage({'queen': character_of([r for r in sample_rows() if r['character'] == 'queen-of-hearts'])}, Engine(lm, tok, 2, 1024, 8), PERSONA, adapter=False)
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    server = Server(uvicorn.Config(app_of(stage), port=port, log_level='error', timeout_graceful_shutdown=20), stage.engine, grace=3)
+    t = threading.Thread(target=server.run); t.start()
+    while not server.started: time.sleep(.05)
+    got = {}
+    def ask(n):
+        body = dict(model='queen', messages=[dict(role='user', content='Tell me a story.')], max_tokens=n, stream=True, temperature=0, logit_bias={str(i): -100 for i in stage.engine.ends})
+        with httpx.stream('POST', f'http://127.0.0.1:{port}/v1/chat/completions', json=body, timeout=60) as r: got[n] = list(r.iter_lines())
+    asked = [threading.Thread(target=ask, args=(n,)) for n in (6, 700)]
+    for a in asked: a.start()
+    while len(stage.engine.seated()) < 1: time.sleep(.05)
+    time.sleep(.5); start = time.monotonic(); server.handle_exit(signal.SIGTERM, None)
+    for a in asked: a.join(60)
+    t.join(60)
+    assert not t.is_alive() and time.monotonic() - start < 15 and not stage.engine.alive()
+    assert got[6][-2] == 'data: [DONE]' and json.loads(got[6][-4][6:])['choices'][0]['finish_reason'] == 'length'
+    assert got[700][-2] == 'data: [DONE]' and 'the server was stopped' in json.loads(got[700][-4][6:])['error']['message'] and len(got[700]) > 20

@@ -101,7 +101,7 @@ class Engine:
         self.tables = {on: (decoder_of(model, places, room, on, self.adapters), [])
                        for on in ((True, False) if many and not self.adapters else (True,))}
         # who is being read; who has said much and stands while others speak, and since when; what was read before
-        self.reading, self.standing, self.kept = [], [], Kept(2*room)
+        self.reading, self.standing, self.kept, self.given_up = [], [], Kept(2*room), False
         # tokens that are read between two steps; how many must be known to begin there
         self.piece, self.worth = (1024, 512) if next(model.parameters()).is_cuda else (128, 32)
         self.thread = threading.Thread(target=self.run, daemon=True, name='engine')
@@ -287,6 +287,7 @@ def run(self:Engine):
     "Until stopped: seat those who came, step all."
     with torch.inference_mode():
         while not self.stopping.is_set() or self.seated() or self.reading or self.standing:
+            if self.given_up: self.drop_all()
             if self.stopping.is_set(): self.turn_away()
             self.attempt(self.take_turns, [])
             new = self.newcomers()
@@ -295,6 +296,24 @@ def run(self:Engine):
                 if those := [r for r in new if self.side(r) == on]: self.let_in(on, those)
                 if seated: self.attempt(lambda: self.step(on), list(seated), on)
         self.turn_away()
+
+# %% ../nbs/chat/engine.ipynb #ebb761c0
+@patch
+def give_up(self:Engine):
+    "Stop at once: whoever is being answered is told."
+    self.given_up = True
+    self.stopping.set()
+
+@patch
+def drop_all(self:Engine):
+    "Nobody is answered any more."
+    for r in self.seated() + [o[0] for o in self.reading + self.standing]:
+        r.status = 503
+        r.end('the server was stopped')
+    for decoder, seated in self.tables.values():
+        seated.clear()
+        decoder.table.clear()
+    self.reading, self.standing = [], []
 
 @patch
 def turn_away(self:Engine):
