@@ -282,6 +282,48 @@ def test_odd_engines_behind(odd_engine, monkeypatch, caplog, how, says, status):
     b.stop()
 
 
+def test_an_engine_behind_dies_and_comes_back(tmp_path):
+    "Killed in the middle of a reply: that one ends with a word on it, the next is refused at once, and when it is there again it is asked again."
+    import os, signal, subprocess, sys, httpx
+    from yothalia.behind import Behind
+    (tmp_path/'engine.py').write_text("""
+import asyncio, json, sys, uvicorn
+from starlette.applications import Starlette
+from starlette.responses import StreamingResponse
+from starlette.routing import Route
+async def answer(request):
+    n = (await request.json())['max_tokens']
+    async def words():
+        for k in range(n):
+            yield 'data: ' + json.dumps(dict(id='x', object='text_completion', created=1, model='m', choices=[dict(index=0, text=' word', finish_reason=None, logprobs=None)])) + '\\n\\n'
+            await asyncio.sleep(.1)
+        yield 'data: [DONE]\\n\\n'
+    return StreamingResponse(words(), media_type='text/event-stream')
+uvicorn.run(Starlette(routes=[Route('/v1/completions', answer, methods=['POST'])]), port=int(sys.argv[1]), log_level='error')
+""")
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    def start():
+        p, end = subprocess.Popen([sys.executable, tmp_path/'engine.py', str(port)]), time.monotonic() + 60
+        while True:
+            try: httpx.get(f'http://127.0.0.1:{port}/', timeout=5); return p
+            except httpx.HTTPError: assert p.poll() is None and time.monotonic() < end; time.sleep(.1)
+    tok = load_tokenizer('smollm2-135m')
+    engine, card = Behind(tok, f'http://127.0.0.1:{port}/v1', 'm'), Card(dict(name='Mira', description='A keeper.'))
+    stage = Stage({'mira': character_of_card(card)}, engine, PERSONA, adapter=False)
+    ask = lambda c, n, **kw: c.post('/v1/chat/completions', json=dict(model='mira', messages=[dict(role='user', content='Hi')], max_tokens=n) | kw)
+    p = start()
+    try:
+        with opened(SimpleNamespace(stage=stage, routes=lambda: [])) as c:
+            assert ask(c, 3).json()['choices'][0]['message']['content'] == 'word word word'
+            threading.Timer(1, lambda: os.kill(p.pid, signal.SIGKILL)).start()
+            cut = ask(c, 200, stream=True).text
+            assert ' word' in cut and 'the engine behind failed' in cut and cut.endswith('data: [DONE]\n\n')
+            gone = ask(c, 3); assert gone.status_code == 502 and gone.json()['error']['message'].startswith('the engine behind failed: APIConnectionError')
+            p.wait(10); p = start()
+            assert ask(c, 3).json()['choices'][0]['message']['content'] == 'word word word'
+    finally: p.kill()
+
+
 def test_a_contestants_key_stays_here(odd_engine, monkeypatch):
     from yothalia.contestants import Contestant
     monkeypatch.setenv('YOTHALIA_API_KEY', 'sk-very-secret-of-the-operator')

@@ -106,6 +106,28 @@ def test_stop_and_errors(page, served):
     assert page.locator('.turn').last.get_attribute('class') == 'turn user'
 
 
+def test_by_keyboard(page, served):
+    "Without a mouse: a line is said, another try is asked for, focus stays where one was, Escape stops; what is heard is told once, when it is whole."
+    page.wait_for_function('() => document.activeElement.id === "line"')
+    page.keyboard.type('Good evening!'); page.keyboard.press('Enter'); page.wait_for_selector('.assistant:last-child .acts', timeout=90_000)
+    name, said = page.locator('#who option:checked').inner_text(), page.locator('.assistant .said').last.inner_text()
+    page.wait_for_function('w => document.getElementById("heard").textContent === w', arg=f'{name}: {said}')
+    assert [s.split(':')[0] for s in page.locator('.turn .unseen').all_text_contents()][-2:] == ['You', name]
+    page.get_by_label('good').last.focus(); page.keyboard.press('Enter'); page.wait_for_function('() => document.activeElement.title === "good" && document.activeElement.getAttribute("aria-pressed") === "true"')
+    page.get_by_label('another try').focus(); page.keyboard.press('Enter'); page.wait_for_selector('#stop:visible'); page.keyboard.press('Escape'); page.wait_for_selector('#send:visible')
+
+
+@pytest.mark.skipif(not os.environ.get('YOTHALIA_AXE'), reason='YOTHALIA_AXE names no axe.min.js (npm pack axe-core)')
+def test_read_aloud(page, served):
+    "What axe-core looks for: names, roles, contrast, in both colour schemes, with and without the blind comparison."
+    page.fill('#line', 'Good evening!'); page.click('#send'); page.wait_for_selector('.assistant:last-child .acts', timeout=90_000)
+    source = Path(os.environ['YOTHALIA_AXE']).read_text()
+    for scheme in ('light', 'dark'):
+        page.emulate_media(color_scheme=scheme); page.evaluate(source); page.check('#blind')
+        found = page.evaluate("axe.run(document, {resultTypes: ['violations']})")['violations']
+        assert not found, [(v['id'], v['help'], [n['html'][:100] for n in v['nodes']]) for v in found]
+
+
 def test_phone(page, served):
     page.set_viewport_size(dict(width=390, height=760)); page.reload(wait_until='networkidle')
     wide = page.evaluate('document.documentElement.scrollWidth'); assert wide <= 390, wide

@@ -319,7 +319,7 @@ def serve(name: Annotated[str, typer.Argument(help='a run in _runs')]='default',
           card: Annotated[list[str], typer.Option(help='a character card; several by several --card')]=[],
           host: Annotated[str, typer.Option(help='where it listens; not here needs YOTHALIA_KEY')]='127.0.0.1',
           port: Annotated[int, typer.Option(min=0, max=65535)]=8000, **given):
-    "Serve the characters of a run and of cards: a page in the browser, and OpenAI's API for every other program."
+    "Serve the characters of a run and of cards: a page in the browser, and OpenAI's API and Ollama's for all others."
     with one_sentence() as console:
         key = key_for(host)
         free_port(host, port)
@@ -329,7 +329,7 @@ def serve(name: Annotated[str, typer.Argument(help='a run in _runs')]='default',
         from yothalia.serve import serve_forever
         with quiet(): page = page_of(serve_config(name, cards=card, **given))
         at = f'http://{host}:{port}'
-        console.print(f'{", ".join(page.stage.who)}: a page at {at}, the API at {at}/v1',
+        console.print(f'{", ".join(page.stage.who)}: a page at {at}, OpenAI\'s API at {at}/v1, Ollama\'s at {at}',
                       markup=False, highlight=False, soft_wrap=True)
         serve_forever(page.stage, host, port, key, page, given['origins'])
 

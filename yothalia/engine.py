@@ -149,7 +149,7 @@ def forget_the_gone(self:Engine):
 def newcomers(self:Engine) -> list[Request]: # those who are read in one pass
     "Those who wait and can sit down now; without anybody else to answer it waits for the first."
     out, idle = [], not (self.seated() or self.reading or self.standing)
-    most, free = self.piece*(1 + 7*idle), self.free()
+    most, free = self.piece*(4 + 4*idle), self.free()
     while len(out) < free and len(out)*max((len(r.prompt) for r in out), default=0) < most:
         try: r = self.waiting.get(block=idle and not out, timeout=.05)
         except queue.Empty: break

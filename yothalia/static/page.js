@@ -30,9 +30,10 @@ function button(text, label, act, pressed) {
   if (pressed !== undefined) b.setAttribute('aria-pressed', pressed); b.onclick = act; return b;
 }
 function draw() {
-  const box = $('talk'); box.replaceChildren();
+  const box = $('talk'), at = document.activeElement, had = box.contains(at) && at.title; box.replaceChildren();
   turns.forEach((t, k) => {
-    const d = make('div', 'turn ' + t.role), said = make('div', 'said', t.tries[t.at]); d.append(said); t.box = said;
+    const d = make('div', 'turn ' + t.role), said = make('div', 'said', t.tries[t.at]); t.box = said;
+    d.append(make('span', 'unseen', (t.role === 'user' ? 'You' : me().name) + ':'), said);
     if (t.role === 'assistant' && !stopper) {
       const acts = make('div', 'acts');
       if (t.tries.length > 1) acts.append(button('‹', 'the try before', () => { t.at = (t.at + t.tries.length - 1) % t.tries.length; keep() }), make('span', '', `${t.at + 1}/${t.tries.length}`),
@@ -43,6 +44,7 @@ function draw() {
     }
     box.append(d);
   });
+  if (had) ([...box.querySelectorAll('button')].filter(b => b.title === had).pop() || $('line')).focus(); // where one was
   box.scrollTop = 1e9;
 }
 
@@ -54,8 +56,9 @@ async function again(k) {
   const t = turns[k], before = t.tries.length; t.tries.push(''); t.at = before; t.thumb = 0; $('wrong').textContent = ''; busy(true); draw();
   try { await stream(me().id + '@' + $('how').value, messages(k), x => { t.tries[before] = x; t.box.textContent = x }, stopper.signal) } catch (e) { wrong(e) }
   if (!t.tries[before]) { t.tries.splice(before, 1); t.at = Math.max(0, before - 1); if (!t.tries.length) turns.splice(k, 1) }
-  busy(false); keep();
+  busy(false); keep(); heard(turns.length && turns[turns.length - 1].role === 'assistant' ? `${me().name}: ${turns[turns.length - 1].tries[turns[turns.length - 1].at]}` : '');
 }
+const heard = text => { $('heard').textContent = text }; // for those who listen: once, when it is whole
 
 // --- two versions, blind
 async function duel() {
@@ -63,7 +66,7 @@ async function duel() {
   try {
     const {id} = await (await ask('/page/duel', {pair: [$('one').value, $('two').value]}, stopper.signal)).json();
     await Promise.all(sides.map((s, k) => stream(`${me().id}@${id}.${s}`, messages(turns.length), x => { said[k] = x; shown[k].textContent = x }, stopper.signal)));
-    busy(false); const acts = make('div', 'acts'); box.append(acts);
+    busy(false); const acts = make('div', 'acts'); box.append(acts); heard(`The first: ${said[0]} The second: ${said[1]}`);
     const choose = async choice => {
       try {
         const told = await (await ask('/page/pick', {id, choice, character: me().id, replies: said, messages: messages(turns.length)})).json();
@@ -86,7 +89,7 @@ function versions(c) {
 function fresh() {
   const c = me(); versions(c); turns = c.greeting ? [{role: 'assistant', tries: [c.greeting], at: 0}] : []; talk = Array.from(crypto.getRandomValues(new Uint8Array(6)), x => x.toString(16).padStart(2, '0')).join('');
   $('picture').hidden = true; if (c.picture) ask(c.picture).then(r => r.blob()).then(b => { if (me() !== c) return; URL.revokeObjectURL($('picture').src); $('picture').src = URL.createObjectURL(b); $('picture').alt = c.name; $('picture').hidden = false }).catch(() => {});
-  $('wrong').textContent = ''; draw();
+  $('wrong').textContent = ''; draw(); heard(c.greeting ? `${c.name}: ${c.greeting}` : '');
 }
 $('say').onsubmit = e => {
   e.preventDefault(); const text = $('line').value.trim(); if (!text || stopper || document.querySelector('.duel')) return;
@@ -95,6 +98,7 @@ $('say').onsubmit = e => {
   turns.push({role: 'assistant', tries: [], at: 0}); again(turns.length - 1);
 };
 $('line').onkeydown = e => { if (e.key === 'Enter' && !e.shiftKey && !e.isComposing) { e.preventDefault(); $('say').requestSubmit() } };
+document.onkeydown = e => { if (e.key === 'Escape' && stopper) stopper.abort() };
 $('stop').onclick = () => stopper && stopper.abort(); $('who').onchange = fresh; $('fresh').onclick = fresh; $('blind').onchange = () => $('pair').hidden = !$('blind').checked;
 ask('/page/who').then(r => r.json()).then(o => {
   cast = o.characters; cast.forEach(c => $('who').append(new Option(c.name, c.id)));
