@@ -148,3 +148,15 @@ def test_stopped_while_it_speaks(lm, tok):
     assert not t.is_alive() and time.monotonic() - start < 15 and not stage.engine.alive()
     assert got[6][-2] == 'data: [DONE]' and json.loads(got[6][-4][6:])['choices'][0]['finish_reason'] == 'length'
     assert got[700][-2] == 'data: [DONE]' and 'the server was stopped' in json.loads(got[700][-4][6:])['error']['message'] and len(got[700]) > 20
+
+
+def test_a_first_word_that_goes_wrong(lm, tok):
+    "Whoever can't be answered is told, has no place any more, and the others go on."
+    how, engine = Sampling(temperature=0., guard=0, max_tokens=24), Engine(lm, tok, places=3)
+    p = text_ids(tok, 'Once upon a time there was a')
+    good = engine.ask(Request(p, replace(how))); good.out.get(timeout=60)
+    short, long = (engine.ask(Request(q, replace(how, bias={5: 'x'}))) for q in (p, p*40))
+    for r in (short, long): ''.join(r.pieces(60)); assert r.ended.startswith('TypeError')
+    ''.join(p for p in iter(lambda: good.out.get(timeout=60), None))
+    later = engine.ask(Request(p, replace(how))); ''.join(later.pieces(60)); engine.stop()
+    assert good.text == later.text == alone(lm, tok, p, how) and not engine.seated()

@@ -257,6 +257,9 @@ def heard(self:Engine, on:bool, logits, first:int): # (replies, vocabulary), of 
 def step(self:Engine, on:bool):
     "A token for everybody at a table."
     decoder, seated = self.tables[on]
+    for k in reversed(range(len(seated))):
+        if seated[k].ended: self.leave(on, k) # its first word went wrong
+    if not seated: return
     logits = decoder.step([r.ids[-1] for r in seated])
     self.steps += 1
     self.tokens += len(seated)
