@@ -253,6 +253,7 @@ def heard(self:Engine, on:bool, logits, first:int): # (replies, vocabulary), of 
         if those[k].likely is not None and drawn[k] not in self.ends: those[k].show(drawn[k], logits[k])
         if not those[k].hear(drawn[k], self.tok, self.ends): self.leave(on, first+k)
 
+# %% ../nbs/chat/engine.ipynb #370fa7ff
 @patch
 def step(self:Engine, on:bool):
     "A token for everybody at a table."
