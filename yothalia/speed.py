@@ -217,10 +217,22 @@ def train_trl(model, data:list[dict], cfg:SpeedConfig) -> list[dict]:
         plain(model).set_attn_implementation('varlen')
     return _sft(model, data, cfg, use_liger_kernel=gpu)
 
+# %% ../nbs/studies/speed.ipynb #87fd87ce
+def _packed_attention():
+    "Let Unsloth take torch's attention for rows of unlike lengths where it would have none."
+    import unsloth.utils.attention_dispatch as its
+    if its.HAS_FLASH_ATTENTION or its.HAS_XFORMERS or its._TORCH_VARLEN_ATTN or not torch.cuda.is_available(): return
+    try: from torch.nn.attention.varlen import varlen_attn
+    except ImportError: raise TrainError('Unsloth has no attention for packed rows here: install an xformers that fits '
+                                         'this torch, or torch 2.11 or later.')
+    its._TORCH_VARLEN_ATTN = lambda *args, enable_gqa=False, **kw: varlen_attn(*args, **kw)
+    its._LEAN_VARLEN, its._varlen_can_use_cudnn = True, lambda *args: False
+
 # %% ../nbs/studies/speed.ipynb #abd62f7f
 def train_unsloth(place:str, data:list[dict], cfg:SpeedConfig) -> tuple: # a PeftModel; a function that trains it
     "Unsloth's own model and layers, with the settings that its makers recommend for speed."
     from unsloth import FastLanguageModel
+    _packed_attention()
     longest = max(len(p['input_ids']) for p in packs(data, cfg.batch))
     model, tok = FastLanguageModel.from_pretrained(place, max_seq_length=longest, dtype=torch.bfloat16,
                                                  load_in_4bit=cfg.precision == 'nf4', load_in_8bit=False)
