@@ -236,6 +236,10 @@ def test_another_engine_behind(tmp_path):
         heard = [''.join(r.pieces(120)).strip() for r in asked]
         assert heard == [heard_alone(own, render(r, tok)[0], how).strip() for r in rows] and all(heard)
         assert {r.ended for r in asked} <= {'limit', 'turn'} and behind.takes_ids is False
+        behind.look()
+        assert behind.can['in pieces'] == 'yes' and behind.can['top_k'] == behind.can['token ids'] == 'refused' and behind.can['seed'] == 'ignored', behind.can
+        odd = Sampling(seed=1, top_k=5, max_tokens=4) # what it would refuse is left out, and said
+        assert behind.unheard(odd) == ['temperature', 'seed', 'top_k'] and ''.join(behind.ask(Request(text_ids(tok, render(rows[0], tok)[0]), odd)).pieces(120)).strip()
     finally: p.terminate(); p.wait(30)
     gone = behind.ask(Request(text_ids(tok, 'Hello'), Sampling(max_tokens=4))); assert list(gone.pieces(60)) == [] and 'engine behind' in gone.ended
     behind.stop()

