@@ -1,12 +1,14 @@
-"""A real vLLM behind: what it scores and says is what this project's own engine scores and says. `YOTHALIA_VLLM` names its command, for example in an environment of its own."""
-import json, os, socket, subprocess, time, urllib.request
+"""Real engines behind: what a vLLM scores and says is what this project's own engine scores and says; llama.cpp's server; several of both behind an nginx, as the guide has it. `YOTHALIA_VLLM` and `YOTHALIA_LLAMA` name their commands, for example in an environment of its own."""
+import json, os, re, shutil, socket, subprocess, sys, time, urllib.request
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np, pytest
 
-VLLM = os.environ.get('YOTHALIA_VLLM')
-pytestmark = pytest.mark.skipif(not VLLM, reason='YOTHALIA_VLLM names no vLLM')
+ROOT = Path(__file__).parent.parent
+VLLM, LLAMA = os.environ.get('YOTHALIA_VLLM'), os.environ.get('YOTHALIA_LLAMA')
+with_vllm = pytest.mark.skipif(not VLLM, reason='YOTHALIA_VLLM names no vLLM')
+with_llama = pytest.mark.skipif(not LLAMA, reason='YOTHALIA_LLAMA names no llama-server')
 ENV = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'} | dict(HF_HUB_OFFLINE='1', VLLM_CPU_KVCACHE_SPACE='2', VLLM_NO_USAGE_STATS='1', DO_NOT_TRACK='1')
 
 
@@ -33,6 +35,7 @@ def vllm(tmp_path):
         except subprocess.TimeoutExpired: p.kill()
 
 
+@with_vllm
 def test_scores_and_replies(vllm):
     "Log-likelihoods of replies to a thousandth of a nat, a letter by log-probabilities, and the same greedy replies."
     from yothalia.behind import Behind
@@ -69,6 +72,7 @@ def test_scores_and_replies(vllm):
     assert {i for i, _ in b.shown[0][2]} <= {i for i, _ in a.shown[0][2]}
 
 
+@with_vllm
 def test_adapter_by_name(vllm, tmp_path):
     "An adapter that vLLM loads from its folder and calls by a name is worn by the character that has it."
     from yothalia.adapters import load_adapters, random_adapters
@@ -90,3 +94,61 @@ def test_adapter_by_name(vllm, tmp_path):
         out = [''.join(engine.ask(Request(prompt, replace(how), on=o)).pieces(120)) for o in ('knight', False)]; engine.stop(); return out
     theirs = said(Behind(tok, url, 'small'))
     assert theirs == said(Engine(load_adapters(load_model('smollm2-135m', 'fp32'), {'knight': tmp_path/'knight'}), tok)) and theirs[0] != theirs[1]
+
+
+@with_llama
+def test_llama():
+    "llama.cpp does all but score a prompt, and says how likely its words were."
+    from yothalia.behind import Behind, engine_command, free_port, started
+    from yothalia.convert import embedded_gguf
+    from yothalia.models import load_tokenizer
+    from yothalia.sampling import Request, Sampling
+    tok, (cmd, name) = load_tokenizer('smollm2-135m'), engine_command('llama.cpp', str(embedded_gguf()), at := free_port(), LLAMA)
+    with started(cmd, at, name) as running:
+        behind = Behind(tok, running.url, name)
+        behind.look()
+        assert {k for k, v in behind.can.items() if v != 'yes'} == {'those of a prompt'}, behind.can
+        r = behind.ask(Request(tok('Once upon a time there was')['input_ids'], Sampling(temperature=0., max_tokens=6), likely=2))
+        said = ''.join(r.pieces(60)); behind.stop()
+        assert said and tok.decode([t for t, *_ in r.shown]).strip() == said.strip() and all(p <= 0 and len(top) == 2 for _, p, top in r.shown)
+
+
+@with_llama
+@pytest.mark.skipif(not shutil.which('nginx'), reason='there is no nginx')
+def test_several_machines(tmp_path):
+    "The guide's nginx before two engines and two servers; when one of each is gone, requests are answered all the same."
+    from yothalia.behind import engine_command, free_port
+    from yothalia.convert import embedded_gguf
+    from yothalia.data import DataConfig, prepare
+    for name in ('nbs', 'yothalia', 'runs'): (tmp_path/name).symlink_to(ROOT/name)
+    for f in ('settings.ini', 'README.md'): shutil.copy(ROOT/f, tmp_path/f)
+    os.environ['YOTHALIA_ROOT'] = str(tmp_path)
+    try: prepare(DataConfig(data='lesson', out='_runs/page'))
+    finally: del os.environ['YOTHALIA_ROOT']
+    ports = {k: free_port() for k in ('10.0.0.1:8001', '10.0.0.2:8001', '10.0.0.3:8000', '10.0.0.4:8000', '127.0.0.1:8001', '127.0.0.1:8000')}
+    [conf] = re.findall(r'```nginx\n(.*?)```', (ROOT/'nbs/guides/serving.md').read_text(), re.S)
+    for k, at in ports.items(): conf = conf.replace(k, f'127.0.0.1:{at}')
+    (tmp_path/'nginx.conf').write_text(f'daemon off;\npid {tmp_path}/pid;\nerror_log {tmp_path}/error.log;\nevents {{}}\n' + conf.replace('http {', 'http {\n  access_log off;'))
+    engines, servers, (front, name) = list(ports.values())[:2], list(ports.values())[2:4], (ports['127.0.0.1:8000'], str(embedded_gguf()))
+    serve = [sys.executable, '-c', 'from yothalia.commands import app; app()', 'serve', 'page', '--engine', f'http://127.0.0.1:{ports["127.0.0.1:8001"]}/v1', '--engine-model', 'm', '--port']
+    env, quiet = os.environ | dict(YOTHALIA_ROOT=str(tmp_path), PYTHONPATH=str(ROOT)), dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    all_ = [subprocess.Popen(engine_command('llama.cpp', name, at, LLAMA)[0], **quiet) for at in engines]
+    all_ += [subprocess.Popen(serve + [str(at)], cwd=tmp_path, env=env, **quiet) for at in servers]
+    all_.append(subprocess.Popen(['nginx', '-c', str(tmp_path/'nginx.conf'), '-p', str(tmp_path)], **quiet))
+    def said(who='yothalia'):
+        body = json.dumps(dict(model=who, messages=[dict(role='user', content='Good morning!')], max_tokens=6)).encode()
+        got = urllib.request.urlopen(urllib.request.Request(f'http://127.0.0.1:{front}/v1/chat/completions', body), timeout=60)
+        return json.loads(got.read())['choices'][0]['message']['content']
+    try:
+        for at in engines + servers:
+            end = time.monotonic() + 120
+            while True:
+                try: urllib.request.urlopen(f'http://127.0.0.1:{at}/health', timeout=1); break
+                except OSError: assert time.monotonic() < end; time.sleep(.3)
+        who = json.loads(urllib.request.urlopen(f'http://127.0.0.1:{front}/v1/models', timeout=10).read())['data'][0]['id']
+        assert all(said(who).strip() for _ in range(4))
+        for p in (all_[0], all_[2]): p.kill(); p.wait(10)
+        assert all(said(who).strip() for _ in range(6))
+    finally:
+        for p in all_: p.terminate()
+        for p in all_: p.wait(40)
