@@ -12,6 +12,7 @@ FOLDERS = sorted(p for p in (ROOT/'results').iterdir() if p.is_dir())
 RECORDS = [(f.name, r) for f in FOLDERS for r in load_records(f)]
 step_of = {room(s): s for s in JOBS} | {'agreement': 'curve', 'talks': '06_chat'}
 
+TIMED = {'speed', 'load', 'engine', 'decoding', 'adapters'}  # taken alone on the machine, or not at all
 RETIRED = {'micro_batch'}  # rows at a time on the device, before there were packs: how it was computed, not what
 
 
@@ -28,6 +29,7 @@ def test_there_are_records_of_every_step(): assert {r['what']['step'] for n, r i
 def test_record(name, rec):
     run, step = rec['run'], step_of[rec['what']['step']]
     assert run['commit'] and not run['dirty'], 'no clean commit'
+    if rec['what']['step'] in TIMED: assert run.get('others', 0) < .1, f'{run["others"]:.0%} of the machine was used by others'
     known = subprocess.run(['git', 'log', '--format=%H'], cwd=ROOT, capture_output=True, text=True).stdout.split()
     if len(known) > 1: assert run['commit'] in known, 'the commit is not in the history'
     configure(config_class(step), {k: v for k, v in run['params'].items() if k not in RETIRED})

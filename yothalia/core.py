@@ -6,10 +6,10 @@
 __all__ = ['SECRET', 'TRIED', 'is_checkout', 'project_root', 'rooted', 'package_dir', 'static', 'tidy', 'shown', 'shipped',
            'notebook', 'ConfigError', 'Config', 'nearest', 'named_in', 'one_of', 'find_recipe', 'refuse_secrets',
            'parameters_in', 'configure', 'CoreConfig', 'seed_everything', 'atomic', 'uncollected', 'write_jsonl',
-           'read_jsonl', 'content_hash', 'file_sha256', 'seal', 'sealed', 'cores', 'used_by_others',
-           'share_the_machine', 'has_bf16', 'device_info', 'world', 'stop_asked', 'site_file', 'took', 'run_info',
-           'Metric', 'metric', 'median_metric', 'save_record', 'load_records', 'record_table', 'duration', 'progress',
-           'tell_progress', 'Field']
+           'read_jsonl', 'content_hash', 'file_sha256', 'seal', 'sealed', 'code_hash', 'cores', 'used_by_others',
+           'share_the_machine', 'has_bf16', 'device_info', 'world', 'stop_asked', 'site_file', 'took', 'others',
+           'run_info', 'Metric', 'metric', 'median_metric', 'save_record', 'load_records', 'record_table', 'duration',
+           'progress', 'tell_progress', 'Field']
 
 # %% ../nbs/base/core.ipynb #6d0c227c
 import difflib, functools, gc, hashlib, importlib, json, os, platform, random, re, shutil, subprocess, sys, time
@@ -260,10 +260,19 @@ def sealed(folder:Path) -> bool:
 def _commit() -> dict: # commit, dirty
     "The commit that runs: what git says of the checkout, else YOTHALIA_COMMIT, else what the package was built from."
     here = _git('rev-parse', '--verify', '-q', 'HEAD') if is_checkout(project_root()) else ''
-    if here: return dict(commit=here, dirty=bool(_git('status', '--porcelain', '--', 'nbs', 'yothalia', 'runs')))
+    if here: return dict(commit=here, dirty=bool(_git('status', '--porcelain', '--', *_MADE_OF)))
     built = package_dir()/'commit.txt' # written when the package was built
-    named = os.environ.get('YOTHALIA_COMMIT') or (built.read_text().strip() if built.exists() else '')
-    return dict(commit=named.removesuffix('-dirty'), dirty=not named or named.endswith('-dirty'))
+    told = os.environ.get('YOTHALIA_COMMIT', '')
+    named = told or (built.read_text().strip() if built.exists() else '')
+    return dict(commit=named.removesuffix('-dirty'), dirty=not named or named.endswith('-dirty'),
+                **dict(told=True) if told else {})
+
+_MADE_OF = ('nbs', 'yothalia', 'runs', 'setup.py', 'settings.ini', 'constraints.txt')
+
+@functools.cache
+def code_hash() -> str:
+    "A hash of the modules that run, whatever is said of the commit."
+    return content_hash(*sorted(package_dir().glob('[!_]*.py')))
 
 def _git(*args) -> str:
     "What git says, or an empty string where there is no git or no repository."
@@ -328,7 +337,8 @@ def device_info() -> dict:
     import torch
     if torch.cuda.is_available():
         p = torch.cuda.get_device_properties(0)
-        return dict(device='cuda', name=p.name, memory_gb=round(p.total_memory/1e9, 1), count=torch.cuda.device_count())
+        return dict(device='cuda', name=p.name, memory_gb=round(p.total_memory/1e9, 1), count=torch.cuda.device_count(),
+                    card=str(getattr(p, 'uuid', ''))[:13], cuda=torch.version.cuda)
     return dict(device='cpu', name=_cpu_name(), memory_gb=round(psutil.virtual_memory().total/1e9, 1), count=cores(),
                 **{} if has_bf16() else dict(lacks='bf16'))
 
@@ -355,6 +365,27 @@ def took(what:str, way:str) -> str: # the way
     TRIED[what] = way
     return way
 
+# %% ../nbs/base/core.ipynb #128cfeaf
+def _own_seconds() -> float:
+    "Processor time of this process and of its children, those that are gone included."
+    me, total = psutil.Process(), 0.
+    for p in (me, *me.children(recursive=True)):
+        try: total += sum(p.cpu_times()[:4])
+        except psutil.Error: pass # gone in this moment
+    return total
+
+def _busy_seconds() -> float:
+    "Processor time of the whole machine."
+    t = psutil.cpu_times()._asdict()
+    return sum(v for k, v in t.items() if k not in ('idle', 'iowait', 'steal', 'guest', 'guest_nice'))
+
+_BEGAN = time.monotonic(), _busy_seconds(), _own_seconds()
+
+def others() -> float: # from 0 to 1
+    "Which share of the machine's cores other programs have used since this process began."
+    wall, busy, own = (b-a for a, b in zip(_BEGAN, (time.monotonic(), _busy_seconds(), _own_seconds())))
+    return round(min(1., max(0., (busy-own)/max(wall, 1e-9)/(os.cpu_count() or 1))), 3)
+
 # %% ../nbs/base/core.ipynb #f8ebbe39
 def run_info(params:dict # every parameter of the run
             ) -> dict:
@@ -365,8 +396,9 @@ def run_info(params:dict # every parameter of the run
     for l in libs:
         try: versions[l] = importlib.metadata.version(l)
         except importlib.metadata.PackageNotFoundError: pass
-    return dict(**_commit(), time=datetime.now(timezone.utc).isoformat(timespec='seconds'), **device_info(),
-                versions=versions, params=dict(params), **({'ways': dict(TRIED)} if TRIED else {}))
+    return dict(**_commit(), code=code_hash(), time=datetime.now(timezone.utc).isoformat(timespec='seconds'),
+                **device_info(), others=others(), versions=versions, params=dict(params),
+                **({'ways': dict(TRIED)} if TRIED else {}))
 
 # %% ../nbs/base/core.ipynb #10b0f59b
 class Metric(dict):
