@@ -307,12 +307,16 @@ def estimate(values, clusters, # (n,) and (n,)
                 detectable=float(see) or np.nan, design_effect=effect, n=len(values), clusters=names,
                 resampled='characters' if names > 1 else 'questions')
 
+# %% ../nbs/benchmark/stats.ipynb #78d69b54
 def mean_metric(values, # (n,)
                 clusters, # (n,) what they belong to
                 unit:str='share', draws:int=10_000) -> Metric:
-    "A mean with its 95% interval by resampling clusters; without one where there is a single value."
+    """A mean with its 95% interval by resampling clusters; without one where there is a single value, and Wilson's over
+    the clusters where all are right, or none: what never varies can't be resampled."""
     if len(values) < 2: return metric(float(np.mean(values)), unit, len(values))
-    e = estimate(values, clusters, draws)
+    e, names = estimate(values, clusters, draws), len(set(clusters))
+    if unit in ('share', 'accuracy') and {*map(float, values)} in ({0.}, {1.}):
+        e['low'], e['high'] = stats.binomtest(names*int(e['value']), names).proportion_ci(method='wilson')
     return metric(e['value'], unit, e['n'], e['low'], e['high'])
 
 # %% ../nbs/benchmark/stats.ipynb #6090e90c
