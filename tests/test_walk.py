@@ -141,7 +141,7 @@ def test_walk_measures(make, tmp_path):
     got = {s: load_records(tmp_path/'out'/'records', step=s) for s in ('templates', 'replies', 'curve')}
     assert len(got['templates']) == (3 if make is tavern else 0) and len(got['curve']) == 2, got
     if make is twelve: assert len(load_records(tmp_path/'out'/'records', step='sweep')) == 3 and load_records(tmp_path/'out'/'records', step='rate')
-    conditions = {'base', 'lora', 'author'} | ({'prompt', 'both'} if make is not alpaca else set())
+    conditions = {'base', 'lora', 'author', 'author, cut'} | ({'prompt', 'both', 'parrot'} if make is not alpaca else set())
     assert {r['what']['condition'] for r in got['replies']} == conditions, got['replies']
 
 
