@@ -246,7 +246,7 @@ def ability(p:Probe, name:str) -> str: # a key of `ABILITIES`; yes, ignored, ref
     try: return 'yes' if ABILITIES[name](p) else 'ignored'
     except APIConnectionError: raise
     except APIStatusError as e: return 'refused' if e.status_code < 500 else 'broken'
-    except (AttributeError, TypeError): return 'ignored' # there is no such part in what it answers
+    except (AttributeError, IndexError, TypeError): return 'ignored' # there is no such part in what it answers
 
 BEGINNING = 'Once upon a time there was' # of what an engine is asked to go on with
 
@@ -262,12 +262,13 @@ WISHES = dict(temperature='temperature', seed='seed', top_p='top_p', top_k='top_
 @patch
 def look(self:Behind, every:float=5 # seconds
         ):
-    "Wait until the engine answers, and find out what it can do."
+    "Wait until the engine answers, and find out what it can do; where it can't be asked, all is left as it was."
     import openai
-    while not self.stopping.is_set():
+    while not self.can and not self.stopping.is_set():
         try: self.can = abilities(self.client, self.names[False], self.tok)
-        except openai.APIError: time.sleep(every)
-        else: break
+        except (openai.APIConnectionError, openai.InternalServerError): self.stopping.wait(every) # not yet there
+        except Exception as e: return LOG.warning('the engine behind could not be asked what it can do: %s',
+                                                  type(e).__name__)
     self.takes_ids = self.can.get('token ids', 'yes') == 'yes'
     if deaf := [k for k in WISHES if self.can.get(k, 'yes') != 'yes']:
         LOG.warning('the engine behind does not heed %s', ', '.join(deaf))

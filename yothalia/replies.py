@@ -303,8 +303,8 @@ def measure_replies(cfg:RepliesConfig, run:Run) -> list[dict]: # records, each w
     for f in folder.glob('replies-*'): f.unlink() # of an earlier run
     for c, replies in said.items():
         lines = measured(replies, train, own_probability(replies, authors, cfg.folds))
-        out.append(keep(cfg, f'replies-{"-".join(units(c))}', _what(run, c), reply_metrics(lines), lines)
-                   | dict(lines=lines))
+        what = _what(run, there[-1] if c == 'stranger' else c) | dict(condition=c) # a stranger is told, and tuned, too
+        out.append(keep(cfg, f'replies-{"-".join(units(c))}', what, reply_metrics(lines), lines) | dict(lines=lines))
     return out
 
 # %% ../nbs/benchmark/replies.ipynb #a7a0001f
