@@ -146,10 +146,12 @@ def train_ours(model, data:list[dict], cfg:SpeedConfig, liger:bool=True, fp8:boo
                                            pack_tokens=cfg.pack_tokens, warmup=0., liger=liger, fp8=fp8,
                                            recompute=cfg.recompute or None), box)
         t.batches = [list(range(i, i+cfg.batch)) for i in range(0, len(data), cfg.batch)]
+        t.choose_size() # of these batches
         t.run()
     return [l | dict(pack_tokens=t.size, graphs=len(t.graphs), liger=t.liger, recomputed=t.recomputed,
                  sharded=t.sharded) for l in t.at.log]
 
+# %% ../nbs/studies/speed.ipynb #6f60a5bb
 def _watched(trainer, tokens:list[int]) -> list[dict]:
     "The same of a trainer of transformers' kind."
     from transformers import PrinterCallback, TrainerCallback
