@@ -14,6 +14,7 @@ import hashlib, json, re
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 import numpy as np
 from scipy import stats
@@ -22,7 +23,7 @@ from .models import *
 from .files import DataError
 from .prompts import *
 from .runs import *
-from .questions import TRACKS
+from .questions import TRACKS, mask
 from .scoring import Item, score_items
 
 # %% ../nbs/benchmark/asking.ipynb #d0d15ab2
@@ -157,10 +158,11 @@ class Asking:
 # %% ../nbs/benchmark/asking.ipynb #038e9980
 def score_speaker(model, tok, qs:list[dict], cfg, job:Asking=Asking()):
     "Yields (number, log-likelihood of the reply under each persona: sum, and mean per token)."
-    def under(q, persona):
-        q = q | dict(instruction=persona, choices=[q['reply']])
+    def under(q, persona, speaker):
+        q = q | dict(instruction=persona, choices=[q['reply']], speaker=speaker)
+        if q.get('hidden'): q['unnamed'] = partial(mask, names=set(q['hidden']))
         return question_item(q, tok, job.template, cfg.max_reply, cfg.max_context)
-    items = [[under(q, p) for p in q['choices']] for q in qs]
+    items = [[under(q, p, s) for p, s in zip(q['choices'], q.get('speakers') or [None]*len(q['choices']))] for q in qs]
     for k, s in by_question(model, items, cfg.budget, job.done, job.known):
         sums = np.concatenate(s)
         yield k, dict(sum=np.round(sums, 5).tolist(), token=np.round(sums/len(items[k][0].choices[0]), 5).tolist())

@@ -11,8 +11,10 @@ __all__ = ['Texts', 'TEMPLATES', 'BARE', 'PERSONA', 'TemplateName', 'CONDITIONS'
 # %% ../nbs/data/prompts.ipynb #c327178e
 import html, re
 from collections import defaultdict
+from itertools import islice
 from pathlib import Path
 from typing import Annotated
+from fastcore.basics import patch
 import numpy as np, yaml
 from pydantic import AfterValidator, PrivateAttr, field_validator
 from .core import *
@@ -130,22 +132,31 @@ def run_template(out:str|Path, # the run's folder
 class Exchanges:
     "Exchanges of each character, found by the likeness of their lines."
     def __init__(self, rows): # rows to show, as a rule those for training
-        self.of, self.index = defaultdict(list), {}
-        for r in rows: self.of[r['instruction'] or ''].append(r)
+        self.of, self.by, self.index = defaultdict(list), defaultdict(list), {}
+        for r in rows:
+            self.of[r['instruction'] or ''].append(r)
+            self.by[r.get('character'), r.get('lang')].append(r)
 
     def near(self, row:dict, k:int) -> list[dict]: # turns, the nearest exchange last
         "The k exchanges of the row's character whose lines are nearest to the row's, as turns."
-        from sklearn.feature_extraction.text import TfidfVectorizer
-        some = self.of.get(persona := row.get('persona') or row.get('instruction') or '', [])
+        persona, unnamed = row.get('persona') or row.get('instruction') or '', row.get('unnamed') or str
+        some = self.of.get(persona) or self.by.get((row.get('speaker'), row.get('lang')), [])
         if not some: return []
-        if persona not in self.index:
-            v = TfidfVectorizer(analyzer='char_wb', ngram_range=(1, 4), sublinear_tf=True)
-            self.index[persona] = v, v.fit_transform([r['user'] for r in some])
-        v, table = self.index[persona]
+        v, table = self._table(persona, some)
         order = np.argsort(-(table @ v.transform([row['user']]).T).toarray()[:, 0], kind='stable')
-        apart = [some[i] for i in order if not _together(some[i], row)][:k]
+        shown = (some[i] | {k: unnamed(some[i][k]) for k in ('user', 'reply')} for i in order)
+        apart = list(islice((r for r in shown if not _together(r, row)), k))
         return [t for r in apart[::-1] for t in (dict(role='user', text=r['user']),
                                                  dict(role='assistant', text=r['reply']))]
+
+# %% ../nbs/data/prompts.ipynb #5583041e
+@patch
+def _table(self:Exchanges, persona:str, some:list[dict]) -> tuple: # how lines are counted, (rows, features)
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    if persona not in self.index:
+        v = TfidfVectorizer(analyzer='char_wb', ngram_range=(1, 4), sublinear_tf=True)
+        self.index[persona] = v, v.fit_transform([r['user'] for r in some])
+    return self.index[persona]
 
 # %% ../nbs/data/prompts.ipynb #449e412c
 def _together(a:dict, b:dict) -> bool:

@@ -410,7 +410,8 @@ def _one_set(pool:Pool, rows:list[int], cast:dict, names:dict, track:str): # yie
         before = [h | dict(text=say(h['text'])) for h in r.get('history') or []]
         yield dict(id=content_hash(r['user'], r['reply'], choices), track=track, cluster=speakers[k], lang=lang,
                    instruction=choices[k], history=before, user=say(r['user']), reply=say(r['reply']),
-                   choices=choices, speakers=speakers, answer=k, set=together)
+                   choices=choices, speakers=speakers, answer=k, set=together,
+                   **(dict(hidden=sorted(names[lang])) if names[lang] else {}))
 
 # %% ../nbs/benchmark/questions.ipynb #69e7bb01
 def make_tracks(rows:list[dict], tracks=TRACKS, n:int=0, options:int=5, seed:int=0, **kw # near, line_near
