@@ -41,7 +41,7 @@ class LoraConfig(ToldConfig):
     dropout: float = Field(0.0, ge=0, lt=1)
     fp8: bool = False
     max_tokens: int = Field(0, ge=0)
-    persona_share: float = Field(0.7, ge=0, le=1)
+    persona_share: float = Field(1.0, ge=0, le=1)
     evals: int = Field(3, ge=1)
     merged: bool = False
     replies: int = Field(3, ge=0)

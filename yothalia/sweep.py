@@ -62,7 +62,7 @@ class SweepConfig(ToldConfig, Scored):
     learning_rate: float = Field(1e-3, gt=0, lt=1)
     rank: int = Field(16, ge=1, le=1024)
     max_tokens: int = Field(0, ge=0)
-    persona_share: float = Field(0.7, ge=0, le=1)
+    persona_share: float = Field(1.0, ge=0, le=1)
     questions: int = Field(300, ge=0)
     options: int = Field(5, ge=3, le=10)
     loss_rows: int = Field(0, ge=0)
