@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ABOUT', 'ASKED', 'COMPARED', 'SENTENCES', 'as_percent', 'of_track', 'headline_accuracies', 'beside_it',
            'difference_sentence', 'character_sentence', 'reply_sentences', 'signed', 'template_sentence',
-           'heard_sentences', 'rows_sentence', 'loss_sentence', 'cost_sentence', 'time_sentence', 'findings',
-           'show_frame', 'summary_figure', 'show_lines', 'show_results']
+           'played_sentences', 'memory_sentence', 'held_sentence', 'leaks_sentence', 'rows_sentence', 'loss_sentence',
+           'cost_sentence', 'time_sentence', 'findings', 'show_frame', 'summary_figure', 'show_lines', 'show_results']
 
 # %% ../nbs/run/report.ipynb #85c107bc
 from pathlib import Path
@@ -17,7 +17,7 @@ from .models import PRECISIONS
 from .prompts import CONDITIONS, template_name
 from .questions import TRACKS
 from .stats import against_rule, answers, paired_difference
-from . import profiling, quantization, tables, tuned
+from . import holds as holding, leaks as leaking, profiling, quantization, replies, tables, tuned
 from .asking import MODES
 from .tables import headline_of
 
@@ -113,15 +113,26 @@ def template_sentence(records:list[dict]) -> list[str]:
             f"replies "
             f"likeliest: {signed(m['gain'])} nats per token more than after the line alone{more}."]
 
-def heard_sentences(records:list[dict]) -> list[str]:
-    "Whose the model's own replies sound like, and whether they end."
+# %% ../nbs/run/report.ipynb #1f4acf73
+def played_sentences(records:list[dict]) -> list[str]:
+    "How many of its own replies are taken for the character's, and whether they end."
     by = {r['what']['condition']: r['metrics'] for r in records}
-    def of(name): return {c: by[c][name] for c in (*CONDITIONS, 'author') if name in by.get(c, {})}
-    whose = [f'{c} {m:.2f}' for c, m in of('own character').items() if m['interval']]
-    ends = [f"{c} {m['value']:.0%}" for c, m in of('stops').items() if c != 'author']
-    heard = f"Whose does it sound like? Probability of the own character by words, names masked: {', '.join(whose)}."
-    ended = f"Does it stop? So many of its replies end by themselves: {', '.join(ends)}."
-    return [heard]*bool(whose) + [ended]*bool(ends)
+    ends = [f"{c} {by[c]['stops']['value']:.0%}" for c in CONDITIONS if c in by]
+    said = replies.plays(records)
+    return ([f'Does it play the character? {said}']*bool(said)
+            + [f"Does it stop? So many of its replies end by themselves: {', '.join(ends)}."]*bool(ends))
+
+def memory_sentence(records:list[dict]) -> list[str]:
+    "How often it knows what it was told."
+    return [f'Does it listen? {said}'] if (said := replies.remembers(records)) else []
+
+def held_sentence(records:list[dict]) -> list[str]:
+    "What is left of the character when somebody pushes."
+    return [f'Does it stay the character? {said}'] if (said := holding.holds(records)) else []
+
+def leaks_sentence(records:list[dict]) -> list[str]:
+    "What of the secrets in its rows can be had from an adapter."
+    return [f'What does it give away? {said}'] if (said := leaking.leaks(records)) else []
 
 # %% ../nbs/run/report.ipynb #cc27a0f1
 def rows_sentence(records:list[dict]) -> list[str]: # points of a learning curve
@@ -182,8 +193,10 @@ def time_sentence(records:list[dict]) -> list[str]:
             f"{m['train share of matmul rate']['value']:.0%} of what this machine's matrix products reach."]
 
 # %% ../nbs/run/report.ipynb #cc273e52
-SENTENCES = dict(templates=template_sentence, lora=loss_sentence, replies=heard_sentences, curve=rows_sentence,
-                 quantization=cost_sentence, profiling=time_sentence) # step → its sentences
+# step → its sentences; the first is what a run is done for
+SENTENCES = dict(replies=played_sentences, memory=memory_sentence, holds=held_sentence, templates=template_sentence,
+                 lora=loss_sentence, curve=rows_sentence, quantization=cost_sentence, profiling=time_sentence,
+                 leaks=leaks_sentence)
 
 def findings(folder:Path # a run's folder, or any with records
             ) -> list[str]:
@@ -195,8 +208,8 @@ def findings(folder:Path # a run's folder, or any with records
         why = ('it was not asked for the log-probabilities of given replies (tokenizer)' if away
                else 'that needs two characters of one language with personas')
         about = [f'Who is speaking could not be asked: {why}.']
-    others = [s for step, of in SENTENCES.items() for s in of(load_records(folder, step=step))]
-    return about + reply_sentences(bench) + others
+    of = {step: say(load_records(folder, step=step)) for step, say in SENTENCES.items()}
+    return of.pop('replies') + about + reply_sentences(bench) + [s for some in of.values() for s in some]
 
 # %% ../nbs/run/report.ipynb #2171d90d
 def show_frame(frame, title:str, console:Console):
