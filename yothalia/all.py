@@ -12,7 +12,7 @@ from .models import ALIASES, PRECISIONS
 from .prompts import TEMPLATES
 from .runs import Run, load
 from .questions import TRACKS
-from . import lora, benchmark, chat  # they teach a run its verbs
+from . import lora, benchmark, replies, chat  # they teach a run its verbs
 from .benchmark import Found
 from .report import findings
 from .sampling import PRESETS

@@ -9,13 +9,14 @@ __all__ = ['ASSISTANT', 'COPY', 'LOOPS', 'MEANS', 'CONTROLS', 'FACTS', 'GREETING
            'mean_of', 'by_luck', 'parts_of', 'recognitions', 'reply_metrics', 'asked_lines', 'say_all', 'replies_key',
            'replies_of', 'by_hand', 'controls', 'measure_replies', 'replies_table', 'replies_side_by_side',
            'memory_talks', 'next_turn', 'talk_through', 'measure_memory', 'lines_of', 'by_line', 'gains', 'plays',
-           'remembers', 'plot_replies']
+           'remembers', 'plot_replies', 'Played']
 
 # %% ../nbs/benchmark/replies.ipynb #a7a00004
-import functools, re
+import functools, html, re
 from functools import partial
 from pathlib import Path
 import numpy as np, pandas as pd
+from fastcore.basics import patch
 from .core import *
 from .models import *
 from .data import data_hash, personas
@@ -481,3 +482,24 @@ def plot_replies(records:list[dict]):
         ax.title.set_size(9)
     np.atleast_1d(axs)[0].set_yticks(range(len(order)), order[::-1])
     return fig
+
+# %% ../nbs/benchmark/replies.ipynb #83331afb
+class Played:
+    "What a run's model has said: records, that show themselves."
+    def __init__(self, records:list[dict], memory:list[dict]): self.records, self.memory = records, memory
+    def __repr__(self): return ' '.join(s for s in (plays(self.records), remembers(self.memory)) if s)
+    def _repr_html_(self):
+        return f'<p>{html.escape(repr(self))}</p>' + replies_table(self.records).to_html(index=False, border=0)
+    def plot(self):
+        "Five measures of what is said, with intervals."
+        return plot_replies(self.records)
+    def side_by_side(self, n:int=6) -> pd.DataFrame: # lines
+        "The same lines, and what was said to them."
+        return replies_side_by_side(self.records, n, sample=max(o['sample'] for o in lines_of(self.records[0])))
+
+@patch
+def play(self:Run, **given # parameters of `RepliesConfig`: lines, new_tokens …
+        ) -> Played:
+    "Let the run's model answer test lines in every condition, and measure what it says."
+    cfg = self.config(RepliesConfig, **given)
+    return Played(measure_replies(cfg, self), measure_memory(cfg, self))
