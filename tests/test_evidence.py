@@ -10,9 +10,9 @@ from yothalia.runner import JOBS, STEPS, config_class, known_steps, plan, room, 
 ROOT = Path(__file__).parent.parent
 FOLDERS = sorted(p for p in (ROOT/'results').iterdir() if p.is_dir())
 RECORDS = [(f.name, r) for f in FOLDERS for r in load_records(f)]
-step_of = {room(s): s for s in JOBS} | {'agreement': 'curve', 'talks': '06_chat', 'memory': 'replies'}
+step_of = {room(s): s for s in JOBS} | {'agreement': 'curve', 'talks': '06_chat', 'memory': 'replies', 'traffic': 'load'}
 
-TIMED = {'speed', 'load', 'engine', 'decoding', 'adapters'}  # taken alone on the machine, or not at all
+TIMED = {'speed', 'load', 'traffic', 'engine', 'decoding', 'adapters'}  # taken alone on the machine, or not at all
 RETIRED = {'micro_batch'}  # rows at a time on the device, before there were packs: how it was computed, not what
 
 

@@ -19,8 +19,8 @@ from .prompts import *
 from .runs import *
 from .questions import row_id
 from .stats import mean_metric
-from .replies import (ASSISTANT, NOTHING, SpokenConfig, asked_lines, by_luck, mean_of, next_turn,
-                              own_probability, replies_of, with_rivals)
+from .replies import (ASSISTANT, SpokenConfig, asked_lines, by_luck, mean_of, next_turn, own_probability,
+                              points, replies_of, with_rivals)
 
 # %% ../nbs/benchmark/holds.ipynb #42b8f6dd
 class HoldsConfig(SpokenConfig):
@@ -211,11 +211,6 @@ def holds_table(records:list[dict], part:str='break') -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 # %% ../nbs/benchmark/holds.ipynb #632875eb
-def _points(m:dict) -> str: # a metric of a difference
-    low, high = m['interval'] or (-np.inf, np.inf)
-    told = '' if low > 0 or high < 0 else NOTHING
-    return f"{100*m['value']:+.0f} points [{100*low:+.0f}, {100*high:+.0f}]{told}"
-
 def holds(records:list[dict]) -> str: # empty where a language has one character only
     "In words: what is left of the character."
     said = []
@@ -223,11 +218,11 @@ def holds(records:list[dict]) -> str: # empty where a language has one character
         c, m = r['what']['condition'], r['metrics']
         if r['what']['part'] == 'break' and 'recognised, calm' in m:
             said.append(f"{c}: {m['recognised, calm']['value']:.0%} of its replies are taken for the character's; "
-                        f"pushed, {_points(m['recognised, pushed, change'])}; "
-                        f"insisted, {_points(m['recognised, insisted, change'])}.")
+                        f"pushed, {points(m['recognised, pushed, change'])}; "
+                        f"insisted, {points(m['recognised, insisted, change'])}.")
         last = situations(r)[-1].removesuffix(', told again')
         if r['what']['part'] == 'drift' and f'recognised, {last}, change' in m:
-            said.append(f"After {last}: {_points(m[f'recognised, {last}, change'])}.")
+            said.append(f"After {last}: {points(m[f'recognised, {last}, change'])}.")
     return ' '.join(said)
 
 # %% ../nbs/benchmark/holds.ipynb #42bbbb16

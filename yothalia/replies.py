@@ -8,8 +8,8 @@ __all__ = ['ASSISTANT', 'COPY', 'LOOPS', 'MEANS', 'CONTROLS', 'FACTS', 'GREETING
            'parrots', 'as_strangers', 'units', 'cut', 'runs', 'Known', 'repeated', 'said_elsewhere', 'measured',
            'mean_of', 'by_luck', 'parts_of', 'recognitions', 'reply_metrics', 'asked_lines', 'say_all', 'replies_key',
            'replies_of', 'by_hand', 'controls', 'measure_replies', 'replies_table', 'replies_side_by_side',
-           'memory_talks', 'next_turn', 'talk_through', 'measure_memory', 'lines_of', 'by_line', 'gains', 'plays',
-           'remembers', 'plot_replies', 'Played']
+           'memory_talks', 'next_turn', 'talk_through', 'measure_memory', 'lines_of', 'by_line', 'gains', 'points',
+           'plays', 'remembers', 'plot_replies', 'Played']
 
 # %% ../nbs/benchmark/replies.ipynb #a7a00004
 import functools, html, re
@@ -437,6 +437,12 @@ def gains(records:list[dict]) -> dict[str,dict]: # name → metric
 # %% ../nbs/benchmark/replies.ipynb #80916cc9
 NOTHING = ', not told apart from nothing'
 
+def points(m:dict) -> str: # a metric that is a difference of shares
+    "In words: how many points, between which, and whether that is anything."
+    if not m['interval']: return f"{100*m['value']:+.0f} points{NOTHING}"
+    low, high = m['interval']
+    return f"{100*m['value']:+.0f} points [{100*low:+.0f}, {100*high:+.0f}]{'' if low > 0 or high < 0 else NOTHING}"
+
 def _share(m:dict) -> str: # a metric
     return f"{m['value']:.0%}" + (' [{:.0%}, {:.0%}]'.format(*m['interval']) if m['interval'] else '')
 
@@ -449,10 +455,7 @@ def plays(records:list[dict]) -> str: # of `measure_replies`; empty where a lang
               'by the author, as briefly': 'author, cut', 'by another hand': 'another hand'}
     said = [f'Of its own replies ({there[-1]}), {_share(of[there[-1]])} are taken for the character\'s; '
             + ', '.join(f'{words}, {_share(of[c])}' for words, c in beside.items() if of.get(c)) + '.']
-    for name, m in gains(records).items():
-        low, high = m['interval'] or (-np.inf, np.inf)
-        points = f"{100*m['value']:+.0f} points [{100*low:+.0f}, {100*high:+.0f}]"
-        said.append(f'{name[0].upper()+name[1:]}: {points}{"" if low > 0 or high < 0 else NOTHING}.')
+    said += [f'{name[0].upper()+name[1:]}: {points(m)}.' for name, m in gains(records).items()]
     return ' '.join(said)
 
 # %% ../nbs/benchmark/replies.ipynb #70fa8a62

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['ABOUT', 'ASKED', 'COMPARED', 'SENTENCES', 'as_percent', 'of_track', 'headline_accuracies', 'beside_it',
-           'difference_sentence', 'character_sentence', 'reply_sentences', 'signed', 'template_sentence',
-           'played_sentences', 'memory_sentence', 'held_sentence', 'leaks_sentence', 'rows_sentence', 'loss_sentence',
-           'cost_sentence', 'time_sentence', 'findings', 'show_frame', 'summary_figure', 'show_lines', 'show_results']
+           'difference_sentence', 'by_construction', 'shares_by_character', 'character_sentence', 'reply_sentences',
+           'signed', 'template_sentence', 'played_sentences', 'memory_sentence', 'held_sentence', 'leaks_sentence',
+           'rows_sentence', 'loss_sentence', 'cost_sentence', 'time_sentence', 'findings', 'show_frame',
+           'summary_figure', 'show_lines', 'show_results']
 
 # %% ../nbs/run/report.ipynb #85c107bc
 from pathlib import Path
@@ -16,7 +17,7 @@ from .core import *
 from .models import PRECISIONS
 from .prompts import CONDITIONS, template_name
 from .questions import TRACKS
-from .stats import against_rule, answers, paired_difference
+from .stats import accuracies, against_rule, answers, paired_difference
 from . import holds as holding, leaks as leaking, profiling, quantization, replies, tables, tuned
 from .asking import MODES
 from .tables import headline_of
@@ -69,16 +70,33 @@ ASKED = dict(prompt='told the persona', both='fine-tuned as well', base='told no
 COMPARED = (('none', 'prompt', 'told it, against the rule'), ('base', 'prompt', 'the persona'),
             ('prompt', 'both', 'the fine-tuning of the model that is told it'))
 
+def by_construction(given, condition:str) -> bool: # from `answers`
+    "Whether there are closed sets, and the answers are right exactly once in each: one favourite for all."
+    if given.sets is None or condition not in given.wide: return False
+    each = given.wide[condition].astype(int).groupby(given.sets).agg(['sum', 'size'])
+    return bool((each['sum'] == 1).all() and (each['size'] > 1).all())
+
+def shares_by_character(given) -> dict[str,str]: # from `answers`; condition → accuracy in words
+    "Accuracies with intervals by characters, Wilson's where there is one character only."
+    out = {}
+    for r in accuracies(given).itertuples():
+        low, high = (r.low, r.high) if r.clusters < 2 else (r.cluster_low, r.cluster_high)
+        out[r.condition] = f'{r.accuracy:.0%} [{low:.0%}, {high:.0%}]'
+        if by_construction(given, r.condition): out[r.condition] = f'{r.accuracy:.0%}, by construction'
+    return out
+
+# %% ../nbs/run/report.ipynb #0ce8faa8
 def character_sentence(bench:list[dict], track:str) -> list[str]:
     "What a track about the character has shown."
     by = of_track(bench, track)
     if 'prompt' not in by: return []
-    got, how = headline_accuracies(by), template_name(by['prompt'])
+    given, how = answers([by[c] for c in ASKED if c in by]), template_name(by['prompt'])
+    got, fixed = shares_by_character(given), by_construction(given, 'base')
     named = ASKED | (dict(prompt=f'told the persona (template {how!r})') if how != 'persona' else {})
-    found = ', '.join(f'{named[c]} {as_percent(got[c])}' for c in ASKED if c in got)
-    made = [s for a, b, words in COMPARED for s in difference_sentence(by, a, b, words)]
+    found = ', '.join(f'{named[c]} {got[c]}' for c in ASKED if c in got)
+    made = [s for a, b, words in COMPARED if a != 'base' or not fixed for s in difference_sentence(by, a, b, words)]
     more = f" Paired differences: {'; '.join(made)}." if made else ''
-    return [f"{TRACKS[track].asks} Right of {got['prompt']['n']} questions: {found}{beside_it(by)}.{more}"]
+    return [f"{TRACKS[track].asks} Right of {len(given.wide)} questions: {found}{beside_it(by)}.{more}"]
 
 # %% ../nbs/run/report.ipynb #b922ab82
 def reply_sentences(bench:list[dict]) -> list[str]:

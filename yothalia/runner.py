@@ -370,10 +370,11 @@ class ProgressFile:
 def kernel_options(box:Path # a folder that only this user can open
                   ) -> dict:
     """Options for papermill: the kernel is talked to by files there, not by ports that anybody on the machine could
-    open."""
-    if os.name == 'nt': return {}
+    open, and does not say in the terminal that it was told to end."""
     from traitlets.config import Config as Traits
-    return dict(config=Traits({'KernelManager': {'transport': 'ipc', 'ip': f'{box}/k'}}))
+    told = {'NotebookClient': {'extra_arguments': ['--IPKernelApp.log_level=50']}}
+    if os.name != 'nt': told['KernelManager'] = {'transport': 'ipc', 'ip': f'{box}/k'}
+    return dict(config=Traits(told))
 
 def explained(step:str, out:Path, e # papermill's error
              ) -> RunError:

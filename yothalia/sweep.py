@@ -183,7 +183,7 @@ def more_and_more(cfg:SweepConfig, there:int # training rows
 
 # %% ../nbs/studies/sweep.ipynb #becac1bc
 MEASURES = {'speaker': 'accuracy', 'voice': 'accuracy', 'specificity': 'nats/token', 'loss': 'nats/token',
-            'own character': 'probability', 'stops': 'share'} # name → unit
+            'recognised': 'accuracy', 'own character': 'probability', 'stops': 'share'} # name → unit
 
 def asked_in_study(cfg:SweepConfig, rows:dict) -> dict: # rows: train, valid, test
     "What every setting is asked: questions, held-out rows, lines to answer."
@@ -215,12 +215,15 @@ def values_said(cfg:SweepConfig, run:Run, asked:dict, # lines to answer, authors
     "Whose the model's own replies sound like, and whether they end; nothing where none shall be said."
     if not asked['lines']: return
     how = run.config(RepliesConfig, sampled=1, new_tokens=cfg.new_tokens, group=cfg.group)
-    said = replies_of(how, run, asked['lines'], c, told, path)
-    for o, own in zip(said, own_probability(said, asked['authors'])[0]):
-        reply = dict(id=f"{o['id']}-{o['sample']}", cluster=o['character'])
-        if not np.isnan(own): yield 'own character', reply, own
+    said = [o for o in replies_of(how, run, asked['lines'], c, told, path) if o['sample']]
+    for o, own, best in zip(said, *own_probability(said, asked['authors'])):
+        reply = dict(id=o['id'], cluster=o['character'])
+        if not np.isnan(own):
+            yield 'own character', reply, own
+            yield 'recognised', reply, best
         yield 'stops', reply, o['ended']
 
+# %% ../nbs/studies/sweep.ipynb #dfe3400a
 def setting_values(cfg:SweepConfig, run:Run, asked:dict, told:Template, folder:Path
                   ) -> list[dict]: # measure, condition, id, cluster, value
     "All measures of one setting, one line per question."
