@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from yothalia.runner import STEPS
+
 ROOT = Path(__file__).parent.parent
 SHORT = ['data=lesson', 'epochs=1.0', 'replies=1', 'reply_tokens=4', 'precisions=[bf16]', 'loss_rows=1', 'prompts=1', 'at_once=1', 'new_tokens=2',
          'tracks=[speaker]', 'questions=2', 'modes=[cloze]', 'dev_questions=0', 'iteration_rows=1', 'iteration_questions=1', 'matmul_size=256']
@@ -45,11 +47,11 @@ def test_a_run_in_an_empty_folder(installed, tmp_path):
     assert got.returncode == 0, got.stdout[-3000:] + got.stderr[-2000:]
     assert {'02_lora.ipynb', 'adapter', 'records', 'summary.png'} <= {p.name for p in (tmp_path/'_runs/mine').iterdir()}
     again = yothalia(command, tmp_path, 'run', '--name', 'mine', *[a for s in SHORT for a in ('-p', s)])
-    assert again.stdout.count('done before, skipped') == 5, again.stdout
+    assert again.stdout.count('done before, skipped') == len(STEPS), again.stdout
     said = yothalia(command, tmp_path, 'chat', 'mine', '--new-tokens', '8', input='Good morning!\n')
     assert said.returncode == 0 and 'Saved as _runs/mine/chats' in said.stdout, said.stdout + said.stderr[-2000:]
     dry = yothalia(command, tmp_path, 'submit', '--dry-run', '--name', 'far', '-p', 'data=lesson')
-    assert dry.returncode == 0 and dry.stdout.count('#!/bin/bash') == 5, dry.stdout + dry.stderr
+    assert dry.returncode == 0 and dry.stdout.count('#!/bin/bash') == len(STEPS), dry.stdout + dry.stderr
     assert {p.name for p in tmp_path.iterdir()} == {'_runs'} and files_of(package) == before
 
 
