@@ -94,6 +94,29 @@ def test_blind(page, served):
     shot(page, 'blind-done'); assert not page.wrong, page.wrong
 
 
+def test_drawn_lines(page, served):
+    "Two people who take the drawn lines are asked the same, hear the same, and are told apart."
+    url, out = served; before = len((out/'picks.jsonl').read_text().splitlines()) if (out/'picks.jsonl').exists() else 0
+    for who in ('Ada', 'Bo'):
+        page.reload(wait_until='networkidle'); page.select_option('#who', 'queen-of-hearts'); page.check('#blind')
+        page.select_option('#one', 'prompt'); page.select_option('#two', 'base'); page.fill('#listener', who)
+        for k in range(2):
+            page.click('#next'); page.wait_for_selector('.duel .acts', timeout=120_000)
+            if who == 'Ada' and not k: shot(page, 'drawn')
+            with page.expect_response('**/page/pick'): page.get_by_label('the first is better').click()
+            page.wait_for_selector('.duel', state='detached')
+    picks = [json.loads(l) for l in (out/'picks.jsonl').read_text().splitlines()][before:]
+    ada, bo = ([p for p in picks if p['listener'] == w] for w in ('Ada', 'Bo'))
+    assert [p['line'] for p in ada] == [p['line'] for p in bo] and len({p['line'] for p in ada}) == 2 and all(p['line'] for p in ada)
+    assert [p['messages'] for p in ada] == [p['messages'] for p in bo] and all(len(p['messages']) == 1 for p in ada)
+    said = [[dict(zip((p['first'], p['second']), p['replies'])) for p in some] for some in (ada, bo)]
+    assert said[0] == said[1] and said[0][0]['prompt'], said
+    rec, = load_records(out/'records', step='picks'); assert rec['metrics']['agreement of people']['n'] == 2
+    page.fill('#line', 'A line of my own'); page.click('#send'); page.wait_for_selector('.duel .acts', timeout=120_000); page.get_by_label('no difference').click()
+    page.wait_for_selector('.duel', state='detached'); assert json.loads((out/'picks.jsonl').read_text().splitlines()[-1])['line'] == ''
+    assert not page.wrong, page.wrong
+
+
 def test_stop_and_errors(page, served):
     "What is stopped is kept as far as it came; what the server refuses is said."
     page.fill('#line', 'Tell me a very long story about the sea.'); page.click('#send')

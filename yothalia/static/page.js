@@ -1,6 +1,6 @@
 // --- asking and listening
 const $ = id => document.getElementById(id), make = (tag, cls, text) => Object.assign(document.createElement(tag), {className: cls || '', textContent: text || ''});
-let cast = [], turns = [], talk = '', stopper = null;
+let cast = [], turns = [], talk = '', stopper = null, drawn = null; const heardOf = {}; // drawn lines: the one that is said, how many each character has had
 const me = () => cast.find(c => c.id === $('who').value);
 const headers = () => ({'Content-Type': 'application/json', ...(sessionStorage.key_ ? {Authorization: 'Bearer ' + sessionStorage.key_} : {})});
 async function ask(path, body, signal) {
@@ -9,8 +9,8 @@ async function ask(path, body, signal) {
   if (!r.ok) throw new Error(((await r.json().catch(() => ({}))).error || {}).message || 'The server answers ' + r.status + '.');
   return r;
 }
-async function stream(model, messages, onText, signal) {
-  const r = await ask('/v1/chat/completions', {model, messages, stream: true}, signal);
+async function stream(model, messages, onText, signal, more) {
+  const r = await ask('/v1/chat/completions', {model, messages, stream: true, ...more}, signal);
   const reader = r.body.pipeThrough(new TextDecoderStream()).getReader(); let rest = '', text = '';
   for (;;) {
     const {value, done} = await reader.read(); if (done) return text;
@@ -51,7 +51,7 @@ function draw() {
 // --- a try that grows
 async function keep() { draw(); if (turns.some(t => t.role === 'user')) await ask('/page/keep', {character: me().id, talk, turns: turns.map(({role, tries, at, thumb}) => ({role, tries, at, thumb: thumb || 0}))}).catch(wrong) }
 function wrong(e) { if (e.name !== 'AbortError') $('wrong').textContent = e.message || String(e) }
-function busy(on) { stopper = on ? new AbortController() : null; $('send').hidden = on; $('stop').hidden = !on; ['who', 'how', 'blind', 'one', 'two', 'fresh'].forEach(i => $(i).disabled = on) }
+function busy(on) { stopper = on ? new AbortController() : null; $('send').hidden = on; $('stop').hidden = !on; ['who', 'how', 'blind', 'one', 'two', 'fresh', 'next'].forEach(i => $(i).disabled = on) }
 async function again(k) {
   const t = turns[k], before = t.tries.length; t.tries.push(''); t.at = before; t.thumb = 0; $('wrong').textContent = ''; busy(true); draw();
   try { await stream(me().id + '@' + $('how').value, messages(k), x => { t.tries[before] = x; t.box.textContent = x }, stopper.signal) } catch (e) { wrong(e) }
@@ -64,12 +64,13 @@ const heard = text => { $('heard').textContent = text }; // for those who listen
 async function duel() {
   const box = make('div', 'duel'), sides = ['a', 'b'], shown = sides.map(() => make('div', 'turn', '')), said = ['', '']; busy(true); draw(); box.append(...shown); $('talk').append(box);
   try {
-    const {id} = await (await ask('/page/duel', {pair: [$('one').value, $('two').value]}, stopper.signal)).json();
-    await Promise.all(sides.map((s, k) => stream(`${me().id}@${id}.${s}`, messages(turns.length), x => { said[k] = x; shown[k].textContent = x }, stopper.signal)));
+    const {id, replies} = await (await ask('/page/duel', {pair: [$('one').value, $('two').value], line: drawn ? drawn.id : ''}, stopper.signal)).json();
+    const show = k => x => { said[k] = x; shown[k].textContent = x };
+    await Promise.all(sides.map((s, k) => replies[k] ? show(k)(replies[k]) : stream(`${me().id}@${id}.${s}`, messages(turns.length), show(k), stopper.signal, drawn ? {seed: drawn.seed} : {})));
     busy(false); const acts = make('div', 'acts'); box.append(acts); heard(`The first: ${said[0]} The second: ${said[1]}`);
     const choose = async choice => {
       try {
-        const told = await (await ask('/page/pick', {id, choice, character: me().id, replies: said, messages: messages(turns.length)})).json();
+        const told = await (await ask('/page/pick', {id, choice, character: me().id, replies: said, messages: messages(turns.length), listener: $('listener').value.trim(), line: drawn ? drawn.id : ''})).json(); drawn = null;
         $('tally').textContent = `That was ${told.chosen}. ${told.tally}`; turns.push({role: 'assistant', tries: [said[choice === 'b' ? 1 : 0]], at: 0}); keep();
       } catch (e) { wrong(e) }
     };
@@ -87,19 +88,28 @@ function versions(c) {
   $('blind').disabled = c.conditions.length < 2;
 }
 function fresh() {
-  const c = me(); versions(c); turns = c.greeting ? [{role: 'assistant', tries: [c.greeting], at: 0}] : []; talk = Array.from(crypto.getRandomValues(new Uint8Array(6)), x => x.toString(16).padStart(2, '0')).join('');
+  const c = me(); drawn = null; versions(c); turns = c.greeting ? [{role: 'assistant', tries: [c.greeting], at: 0}] : []; talk = Array.from(crypto.getRandomValues(new Uint8Array(6)), x => x.toString(16).padStart(2, '0')).join('');
   $('picture').hidden = true; if (c.picture) ask(c.picture).then(r => r.blob()).then(b => { if (me() !== c) return; URL.revokeObjectURL($('picture').src); $('picture').src = URL.createObjectURL(b); $('picture').alt = c.name; $('picture').hidden = false }).catch(() => {});
   $('wrong').textContent = ''; draw(); heard(c.greeting ? `${c.name}: ${c.greeting}` : '');
 }
+async function nextLine() { // a talk of its own, so that everybody hears the same two replies
+  if (stopper || document.querySelector('.duel')) return;
+  try {
+    const id = me().id, o = await (await ask('/page/line', {character: id, number: heardOf[id] || 0})).json();
+    if (!o.text) { $('tally').textContent = heardOf[id] ? 'All drawn lines were heard.' : 'No lines were drawn for this character.'; return }
+    heardOf[id] = (heardOf[id] || 0) + 1; fresh(); turns = []; drawn = o; $('line').value = o.text; $('say').requestSubmit();
+  } catch (e) { wrong(e) }
+}
 $('say').onsubmit = e => {
   e.preventDefault(); const text = $('line').value.trim(); if (!text || stopper || document.querySelector('.duel')) return;
+  if (drawn && text !== drawn.text) drawn = null;
   $('line').value = ''; $('wrong').textContent = ''; turns.push({role: 'user', tries: [text], at: 0});
   if ($('blind').checked) return duel();
   turns.push({role: 'assistant', tries: [], at: 0}); again(turns.length - 1);
 };
 $('line').onkeydown = e => { if (e.key === 'Enter' && !e.shiftKey && !e.isComposing) { e.preventDefault(); $('say').requestSubmit() } };
 document.onkeydown = e => { if (e.key === 'Escape' && stopper) stopper.abort() };
-$('stop').onclick = () => stopper && stopper.abort(); $('who').onchange = fresh; $('fresh').onclick = fresh; $('blind').onchange = () => $('pair').hidden = !$('blind').checked;
+$('stop').onclick = () => stopper && stopper.abort(); $('who').onchange = fresh; $('fresh').onclick = fresh; $('next').onclick = nextLine; $('blind').onchange = () => $('pair').hidden = !$('blind').checked;
 ask('/page/who').then(r => r.json()).then(o => {
   cast = o.characters; cast.forEach(c => $('who').append(new Option(c.name, c.id)));
   fresh(); $('line').focus();
