@@ -14,7 +14,7 @@ from yothalia.files import DataError
 
 ROOT, BIN = Path(__file__).parent.parent, Path(sys.executable).parent
 TINY = ['train_rows=3', 'valid_rows=1', 'evals=1', 'batch=3', 'replies=1', 'reply_tokens=2', 'precisions=[bf16]', 'loss_rows=1', 'prompts=1', 'new_tokens=2',
-        'tracks=[speaker, random]', 'questions=1', 'modes=[cloze]', 'iteration_rows=1', 'iteration_questions=1', 'matmul_size=256']
+        'tracks=[speaker, random]', 'questions=1', 'modes=[cloze]', 'iteration_rows=1', 'iteration_questions=1', 'matmul_size=256', 'lines=1', 'facts=0']
 MORE = {'alpaca': ['merged=true', 'batch=1', 'evals=3'], 'transcript': ['precisions=[nf4]', 'modes=[cloze, letter, generate]']}  # for the walks by command
 
 

@@ -8,7 +8,7 @@ from yothalia.runner import STEPS
 
 ROOT = Path(__file__).parent.parent
 SHORT = ['data=lesson', 'epochs=1.0', 'replies=1', 'reply_tokens=4', 'precisions=[bf16]', 'loss_rows=1', 'prompts=1', 'at_once=1', 'new_tokens=2',
-         'tracks=[speaker]', 'questions=2', 'modes=[cloze]', 'dev_questions=0', 'iteration_rows=1', 'iteration_questions=1', 'matmul_size=256']
+         'tracks=[speaker]', 'questions=2', 'modes=[cloze]', 'dev_questions=0', 'iteration_rows=1', 'iteration_questions=1', 'matmul_size=256', 'lines=1', 'facts=0']
 
 
 @pytest.fixture(scope='module')

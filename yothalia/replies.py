@@ -31,7 +31,7 @@ from .stats import mean_metric
 # %% ../nbs/benchmark/replies.ipynb #a7a00008
 class SpokenConfig(TunedConfig):
     "A step in which the model itself speaks."
-    characters: int = Field(0, ge=0)
+    characters: int = Field(12, ge=0)
     lines: int = Field(20, ge=0)
     sampled: int = Field(1, ge=0, le=20)
     temperature: float = Field(0.8, gt=0, le=2)
