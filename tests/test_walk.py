@@ -133,16 +133,16 @@ def test_walk_measures(make, tmp_path):
     "The rooms that a run does on request, on rows without personas, of one character, and on twelve rows."
     path, given = written(make, tmp_path)
     few = ['questions=2', 'templates=[rules, examples]', 'new_tokens=2', 'lines=1', 'characters=1', 'train_sizes=[0, 3]', 'loss_rows=2', 'reply_lines=1',
-           'factors={learning_rate: [2.0e-3]}', 'rate.steps=8', 'test_rows=1', 'epochs=1.0', 'turns=[0, 1]', 'copies=[0, 2]', 'secrets=1',
+           'factors={learning_rate: [2.0e-3]}', 'rate.steps=8', 'test_rows=1', 'epochs=1.0', 'copies=[0, 2]', 'secrets=1',
            'candidates=5', 'after=[1.0]']
     given = [g for g in given if not g.startswith(('questions=', 'tracks='))]
-    steps = ['01_data', 'templates', '02_lora', 'replies', 'curve', *(['rate', 'sweep', 'specificity'] if make is twelve else ['holds', 'leaks'] if make is tavern else [])]
+    steps = ['01_data', 'templates', '02_lora', 'replies', 'curve', *(['rate', 'sweep', 'specificity'] if make is twelve else ['leaks'] if make is tavern else [])]
     planned = plan({}, [*TINY, *given, *few, f'data={path}', f'out={tmp_path}/out'], steps)
     for step, cfg in planned.items(): the_run(step, cfg)
     got = {s: load_records(tmp_path/'out'/'records', step=s) for s in ('templates', 'replies', 'curve')}
     assert len(got['templates']) == (3 if make is tavern else 0) and len(got['curve']) == 2, got
     if make is twelve: assert len(load_records(tmp_path/'out'/'records', step='sweep')) == 3 and load_records(tmp_path/'out'/'records', step='rate')
-    if make is tavern: assert len(load_records(tmp_path/'out'/'records', step='holds')) == 8 and load_records(tmp_path/'out'/'records', step='leaks')
+    if make is tavern: assert load_records(tmp_path/'out'/'records', step='leaks')
     conditions = {'base', 'lora', 'author', 'author, cut'} | ({'prompt', 'both', 'parrot'} if make is not alpaca else set())
     assert {r['what']['condition'] for r in got['replies']} == conditions, got['replies']
 
