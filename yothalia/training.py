@@ -367,27 +367,9 @@ def there_and_back(self:Training, p:Packed, total): # a pack on the device, targ
     self.flat.gather()
     self.loss.add_(nll.detach())
 
-# %% ../nbs/lora/training.ipynb #dd14c1f3
-@patch
-def graphs_pay(self:Training, p:Packed, total:int) -> bool: # p: on the device
-    "Whether launching a pass kernel by kernel takes most of its time."
-    kept = self.flat.sum.clone(), self.loss.clone()
-    for _ in range(2): # the first one compiles
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        self.there_and_back(p, total)
-        launched = time.perf_counter() - start
-        torch.cuda.synchronize()
-        whole = time.perf_counter() - start
-    self.flat.sum.copy_(kept[0])
-    self.loss.copy_(kept[1])
-    torch.cuda.empty_cache()
-    return launched > .7*whole
-
 @patch
 def micro(self:Training, p:Packed, total:int):
-    "Compute a pack, by a graph where that is possible and pays."
-    if self.graphs_fit and not self.sizes: self.graphs_fit = self.graphs_pay(p.to(self.device), total)
+    "Compute a pack, by a graph where that is possible."
     if not self.graphs_fit: return self.there_and_back(p.to(self.device), total)
     if not self.sizes: self.plan_graphs()
     p = self.padded(p)
