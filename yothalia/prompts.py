@@ -142,7 +142,7 @@ class Exchanges:
         persona, unnamed = row.get('persona') or row.get('instruction') or '', row.get('unnamed') or str
         some = self.of.get(persona) or self.by.get((row.get('speaker'), row.get('lang')), [])
         if not some: return []
-        v, table = self._table(persona, some)
+        v, table = self._table((persona, row.get('speaker'), row.get('lang')), some)
         order = np.argsort(-(table @ v.transform([row['user']]).T).toarray()[:, 0], kind='stable')
         shown = (some[i] | {k: unnamed(some[i][k]) for k in ('user', 'reply')} for i in order)
         apart = list(islice((r for r in shown if not _together(r, row)), k))
@@ -151,12 +151,12 @@ class Exchanges:
 
 # %% ../nbs/data/prompts.ipynb #5583041e
 @patch
-def _table(self:Exchanges, persona:str, some:list[dict]) -> tuple: # how lines are counted, (rows, features)
+def _table(self:Exchanges, whose:tuple, some:list[dict]) -> tuple: # how lines are counted, (rows, features)
     from sklearn.feature_extraction.text import TfidfVectorizer
-    if persona not in self.index:
+    if whose not in self.index:
         v = TfidfVectorizer(analyzer='char_wb', ngram_range=(1, 4), sublinear_tf=True)
-        self.index[persona] = v, v.fit_transform([r['user'] for r in some])
-    return self.index[persona]
+        self.index[whose] = v, v.fit_transform([r['user'] for r in some])
+    return self.index[whose]
 
 # %% ../nbs/data/prompts.ipynb #449e412c
 def _together(a:dict, b:dict) -> bool:

@@ -267,7 +267,7 @@ def replies_of(cfg:SpokenConfig, run:Run, rows:list[dict], condition:str, # a ke
     if not tells: told = BARE
     groups = [rows[i:i+cfg.group] for i in range(0, len(rows), cfg.group)]
     path = path or rooted(cfg.out)/'priors'/f'replies-{condition}.jsonl'
-    ids = [content_hash([row_id(r) for r in g]) for g in groups]
+    ids = [content_hash([(row_id(r), r.get('history') or []) for r in g]) for g in groups]
     write = partial(say_all, cfg, run.lm, run.tok, groups, told)
     with switched(run.lm, on): got = write_lines(path, replies_key(cfg, condition, run.worn), ids, write, condition)
     out = []
