@@ -28,7 +28,7 @@ test-cluster: setup   ## a real Slurm of two nodes on this machine; needs root, 
 
 test-browser: setup   ## the site and JupyterLab in a real Chromium; needs apt: chromium
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt playwright
-	YOTHALIA_TEST_BROWSER=1 timeout 1200 $(BIN)/python -m pytest -q --durations 8 tests/test_browser.py tests/test_page.py $(if $(ONLY),-k '$(ONLY)')
+	YOTHALIA_TEST_BROWSER=1 timeout 1200 $(BIN)/python -m pytest -q --durations 8 tests/test_browser.py tests/test_page.py tests/test_report.py $(if $(ONLY),-k '$(ONLY)')
 
 docs: setup           ## the site, in _docs, from the notebooks as they are
 	$(BIN)/yothalia docs

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 os.environ |= dict(MPLBACKEND='agg', YOTHALIA_PROGRESS='off')
-from yothalia.report import findings
+from yothalia.findings import findings
 from yothalia.runner import JOBS, STEPS, job_notebook, look_first, plan, room, without_lessons
 from yothalia.core import *
 from yothalia.cleaning import label_rows

@@ -14,7 +14,7 @@ from .runs import Run, load
 from .questions import TRACKS
 from . import lora, benchmark, replies, chat  # they teach a run its verbs
 from .benchmark import Found
-from .report import findings
+from .findings import findings
 from .sampling import PRESETS
 
 # %% ../nbs/run/all.ipynb #d32ad458

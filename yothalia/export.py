@@ -26,7 +26,7 @@ from .questions import TRACKS
 from .tables import headline_of
 from .characters import Character, cast_of_run, character_of_run, make_card
 from .sampling import Sampling
-from .report import findings
+from .findings import findings
 from .verify import *
 
 # %% ../nbs/run/export.ipynb #05a00008

@@ -109,8 +109,10 @@ def share_of_limit(tokens:int, seconds:float, flop_per_token:float, rate:float #
 
 # %% ../nbs/05_profiling.ipynb #a85d4ee9
 def plot_phases(record:dict, # of this step
-                ax):
+                ax=None):
     "The share of each phase in the training iteration, as one bar with its labels on it."
+    import matplotlib.pyplot as plt
+    ax = ax or plt.subplots(figsize=(9, 1.3), layout='constrained')[1]
     left, m = 0, {k: record['metrics'][f'train {k}']['value'] for k in ('loader', 'forward', 'backward', 'optimizer')}
     for (name, v), colour in zip(m.items(), ('#949494', '#56b4e9', '#0173b2', '#de8f05')):
         share = v/sum(m.values())

@@ -9,7 +9,7 @@ __all__ = ['ASSISTANT', 'COPY', 'LOOPS', 'MEANS', 'CONTROLS', 'FACTS', 'GREETING
            'mean_of', 'by_luck', 'parts_of', 'recognitions', 'reply_metrics', 'asked_lines', 'say_all', 'replies_key',
            'replies_of', 'by_hand', 'controls', 'measure_replies', 'replies_table', 'replies_side_by_side',
            'memory_talks', 'next_turn', 'talk_through', 'measure_memory', 'lines_of', 'by_line', 'gains', 'points',
-           'plays', 'remembers', 'plot_replies', 'Played']
+           'gains_in_words', 'plays', 'remembers', 'plot_replies', 'Played']
 
 # %% ../nbs/benchmark/replies.ipynb #a7a00004
 import functools, html, re
@@ -446,6 +446,13 @@ def points(m:dict) -> str: # a metric that is a difference of shares
 def _share(m:dict) -> str: # a metric
     return f"{m['value']:.0%}" + (' [{:.0%}, {:.0%}]'.format(*m['interval']) if m['interval'] else '')
 
+def gains_in_words(of:dict[str,dict]) -> list[str]: # from `gains`; sentences
+    "What is something, each in a sentence; what is not told apart from nothing, in one."
+    told = {name: points(m) for name, m in of.items()}
+    open_ = [f'{name} {words.removesuffix(NOTHING)}' for name, words in told.items() if NOTHING in words]
+    return ([f'{name[0].upper()+name[1:]}: {words}.' for name, words in told.items() if NOTHING not in words]
+            + [f"Not told apart from nothing: {'; '.join(open_)}."]*bool(open_))
+
 def plays(records:list[dict]) -> str: # of `measure_replies`; empty where a language has one character only
     "In words: how much of what the model says is taken for the character's."
     of = {r['what']['condition']: r['metrics'].get('recognised') for r in records}
@@ -455,8 +462,7 @@ def plays(records:list[dict]) -> str: # of `measure_replies`; empty where a lang
               'by the author, as briefly': 'author, cut', 'by another hand': 'another hand'}
     said = [f'Of its own replies ({there[-1]}), {_share(of[there[-1]])} are taken for the character\'s; '
             + ', '.join(f'{words}, {_share(of[c])}' for words, c in beside.items() if of.get(c)) + '.']
-    said += [f'{name[0].upper()+name[1:]}: {points(m)}.' for name, m in gains(records).items()]
-    return ' '.join(said)
+    return ' '.join(said + gains_in_words(gains(records)))
 
 # %% ../nbs/benchmark/replies.ipynb #70fa8a62
 def remembers(records:list[dict]) -> str: # of `measure_memory`

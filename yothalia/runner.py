@@ -233,7 +233,7 @@ class Kept(Config, extra='allow'):
 @functools.cache
 def code_hash() -> str:
     "A hash of all modules on which a result may rest: not of those that only start, show or hand on."
-    apart = ('runner', 'report', 'commands', 'slurm', 'site', 'run', 'all')
+    apart = ('runner', 'findings', 'report', 'commands', 'slurm', 'site', 'run', 'all')
     return content_hash([content_hash(p) for p in sorted(package_dir().glob('*.py')) if p.stem not in apart])
 
 def planned_for(folder:Path, # of the run

@@ -12,7 +12,7 @@ from configparser import ConfigParser
 from pathlib import Path
 import yaml
 from .core import *
-from .report import findings
+from .findings import findings
 from .runner import RunError
 
 # %% ../nbs/run/site.ipynb #c6000009
