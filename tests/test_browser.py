@@ -25,9 +25,9 @@ def site(tmp_path_factory):
     "The site, built and served."
     out = tmp_path_factory.mktemp('site')/'_docs'
     start = time.time()
-    made = subprocess.run([str(BIN/'yothalia'), 'docs', '--no-quarto', '--out', str(out)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    made = subprocess.run([str(BIN/'yothalia'), 'docs', '--no-quarto', '--out', str(out)], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert made.returncode == 0, made.stdout + made.stderr
-    assert time.time() - start < 120
+    assert time.time() - start < 300
     handler = functools.partial(type('Quiet', (http.server.SimpleHTTPRequestHandler,), dict(log_message=lambda *a: None)), directory=str(out))
     server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -54,6 +54,8 @@ def test_every_page_opens(browser, site):
         links |= set(page.eval_on_selector_all('a[href]', 'es => es.map(e => e.href)'))
         bare = page.eval_on_selector_all('main img', 'es => es.filter(e => !e.alt).map(e => e.src.slice(0, 60))')
         assert not bare, f'{p} has pictures without an alternative text: {bare}'
+        cut = page.eval_on_selector_all('main pre.sourceCode', 'es => es.filter(e => e.scrollWidth > e.clientWidth+1).map(e => e.textContent.slice(0, 60))')
+        assert not cut, f'{p} has code that runs out at the right: {cut}'
     inside = {l[len(url):].partition('#')[0].lstrip('/') or 'index.html' for l in links if l.startswith(url)}
     assert not wrong, wrong[:5]
     assert not [l for l in inside if not (out/l).exists()], [l for l in inside if not (out/l).exists()]
@@ -84,7 +86,7 @@ def test_phone_and_dark(browser, site):
     out, url = site
     for scheme in ('light', 'dark'):
         page = browser.new_context(viewport=dict(width=390, height=844), color_scheme=scheme).new_page()
-        for p in ('index', 'guides/character', '04_benchmark', 'results/sample', 'api/core'):
+        for p in ('index', 'guides/character', '04_benchmark', 'results/replies', 'api/core'):
             page.goto(f'{url}/{p}.html'); page.wait_for_timeout(200); shot(page, f'phone-{scheme}-{p.replace("/", "-")}')
             wide = page.evaluate('document.documentElement.scrollWidth')
             assert wide <= 400, f'{p} is {wide} pixels wide on a phone'
