@@ -170,3 +170,9 @@ def test_papermill_reads_the_parameters(step):
     import papermill
     path = job_notebook(step)
     assert set(papermill.inspect_notebook(str(path))) == set(notebook_parameters(path))
+
+
+def test_front_page_is_a_page():
+    "Who opens it reads it: 900 words, the two commands as they stand, a picture with words."
+    text = (ROOT/'README.md').read_text(encoding='utf-8')
+    assert len(text.split()) <= 900 and 'make run' in text and 'make test' in text and re.search(r'!\[[^]]{40,}\]\(results/front\.png\)', text)
