@@ -176,3 +176,11 @@ def test_front_page_is_a_page():
     "Who opens it reads it: 900 words, the two commands as they stand, a picture with words."
     text = (ROOT/'README.md').read_text(encoding='utf-8')
     assert len(text.split()) <= 900 and 'make run' in text and 'make test' in text and re.search(r'!\[[^]]{40,}\]\(results/front\.png\)', text)
+
+
+def test_a_version_is_one_version():
+    "What a release would be refused for is seen before: settings, package, citation and changes name the same."
+    import configparser, yothalia
+    c = configparser.ConfigParser(delimiters=['=']); c.read(ROOT/'settings.ini'); version = c['DEFAULT']['version']
+    assert version == yothalia.__version__ and f'\n## {version}, ' in (ROOT/'CHANGELOG.md').read_text(encoding='utf-8')
+    assert f'\nversion: {version}\n' in (ROOT/'CITATION.cff').read_text(encoding='utf-8')
