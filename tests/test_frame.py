@@ -128,7 +128,7 @@ def test_import_is_quick_and_needs_no_torch():
 
 
 # Floors of the house, from the ground up. A module imports from its own floor and from those below; `studies` and what is fast serve nobody below them.
-FLOORS = ['core files rendering convert models', 'shapes logs scripts cards rows cleaning splitting privacy data prompts runs', 'scoring questions', 'packing fused training labels tuned lora', 'decoding asking tables', 'benchmark stats contestants replies', 'holds leaks',
+FLOORS = ['core files rendering convert models', 'shapes logs scripts cards rows cleaning splitting privacy data prompts runs', 'scoring questions', 'packing fused training labels tuned lora', 'decoding asking tables', 'benchmark stats contestants replies', 'holds leaks public',
           'quantization profiling', 'sampling characters session terminal chat listeners', 'adapters engine behind bodies answers ollama gate serve page', 'findings verify export check',
           'validity specificity templates sweep speed load', 'runner slurm report site', 'all commands']
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['app', 'Recipe', 'Parameters', 'Name', 'Steps', 'Shown', 'one_sentence', 'listed', 'takes', 'run', 'show_parameters',
-           'first_line', 'check', 'shown_run', 'results', 'report', 'trained_run', 'export', 'verify', 'push', 'card',
-           'chat', 'named_values', 'serve_config', 'key_for', 'free_port', 'serve', 'submit', 'step', 'status',
-           'show_status', 'collect', 'fetch', 'site', 'docs']
+           'first_line', 'check', 'shown_run', 'results', 'report', 'run_or_model', 'ask', 'trained_run', 'export',
+           'verify', 'push', 'card', 'chat', 'named_values', 'serve_config', 'key_for', 'free_port', 'serve', 'submit',
+           'step', 'status', 'show_status', 'collect', 'fetch', 'site', 'docs']
 
 # %% ../nbs/run/commands.ipynb #45f27690
 import inspect, json, os, socket
@@ -152,6 +152,36 @@ def report(name: Shown='default', to: Annotated[str, typer.Option(help='else rep
         from yothalia.report import write_report
         with console.status('report …'): place = write_report(shown_run(name), to, talk)
         console.print(f'report      {tidy(place)}', highlight=False, soft_wrap=True)
+
+# %% ../nbs/run/commands.ipynb #cb2e9a6b
+def run_or_model(name:str, model:str, precision:str, adapter:str): # Run
+    "A run as it was trained, unless told otherwise; where there is none, a model alone."
+    from yothalia.runs import Run
+    own = {k: v for k, v in dict(model=model, precision=precision, adapter=adapter).items() if v}
+    if (rooted('_runs')/name/'data').is_dir(): return Run.open(name, **own)
+    return Run(**own | dict(out=f'_runs/{name}', adapter=''))
+
+# %% ../nbs/run/commands.ipynb #b7d293d0
+@app.command()
+@takes(dict(model='', precision='', adapter='auto', questions=0), model='else the one of the run, or the default',
+       precision='fp32, bf16, int8, nf4, …; else as it was trained', adapter="a folder; else the run's own",
+       questions='at most so many, drawn by chance; 0 for all')
+def ask(file: Annotated[str, typer.Argument(help="a published file, a folder, or a run's questions-….jsonl")],
+        name: Name='default',
+        mode: Annotated[list[str], typer.Option(help='cloze, letter or generate; several by several --mode')]=[
+            'cloze', 'letter'],
+        task: Annotated[str, typer.Option(help='write them as a task of lm-evaluation-harness into this folder')]='',
+        samples: Annotated[str, typer.Option(help='read what the harness has logged, samples_….jsonl')]='', **given):
+    "Ask the questions of a published set, or of a run."
+    with one_sentence() as console:
+        from yothalia.public import AskedSet, PublicConfig, ask_set, lm_eval_task, public_table
+        from yothalia.findings import show_frame
+        most, of = given.pop('questions'), run_or_model(name, **given)
+        cfg = of.config(PublicConfig, file=file, questions=most, modes=mode)
+        asked = AskedSet(cfg, of)
+        for why, k in asked.left.items(): console.print(f'{k} questions left out: {why}', markup=False)
+        if task: console.print(tidy(lm_eval_task(asked.qs, of.tok, task, asked.name)), soft_wrap=True)
+        else: show_frame(public_table([asked.harness(samples)] if samples else ask_set(cfg, of)), asked.name, console)
 
 # %% ../nbs/run/commands.ipynb #50ed19bd
 def trained_run(name:str): # Run

@@ -7,11 +7,11 @@ __all__ = ['TRACKS', 'TrackName', 'NEEDS', 'BLANK', 'VIEWS', 'TAUGHT', 'LEARNED'
            'words', 'features', 'tfidf', 'similarities', 'row_id', 'row_rng', 'context', 'Pool', 'shingles', 'alike',
            'as_right', 'draw', 'question', 'drawn_questions', 'crossed_sets', 'near_sets', 'reply_sets',
            'closed_questions', 'own_questions', 'make_questions', 'casting', 'nearest_personas', 'names_in', 'mask',
-           'cast_sets', 'speaker_questions', 'make_tracks', 'questions_hash', 'save_questions', 'load_questions',
-           'distractors', 'audit', 'OverlapError', 'check_overlap', 'longest', 'overlap', 'oddness', 'choices_only',
-           'persona_rules', 'View', 'views', 'learned_rule', 'CharacterClassifier', 'taught_rule', 'rule_scores',
-           'rule_picks', 'baselines', 'rule_metrics', 'chosen_rule', 'save_rules', 'rules_table', 'plot_rules',
-           'plot_lengths']
+           'cast_sets', 'speaker_questions', 'make_tracks', 'questions_hash', 'save_questions', 'why_no_question',
+           'load_questions', 'distractors', 'audit', 'OverlapError', 'check_overlap', 'longest', 'overlap', 'oddness',
+           'choices_only', 'persona_rules', 'View', 'views', 'learned_rule', 'CharacterClassifier', 'taught_rule',
+           'rule_scores', 'rule_picks', 'baselines', 'rule_metrics', 'chosen_rule', 'save_rules', 'rules_table',
+           'plot_rules', 'plot_lengths']
 
 # %% ../nbs/benchmark/questions.ipynb #2709287a
 import math, re
@@ -433,7 +433,7 @@ def save_questions(path:str|Path, qs:list[dict]) -> str: # the hash
     write_jsonl(path, qs)
     return questions_hash(qs)
 
-def _wrong(q) -> str:
+def why_no_question(q) -> str:
     "Why an object is no question, or an empty string."
     need = ('id', 'cluster', 'lang', 'instruction', 'user', 'choices', 'answer')
     if not isinstance(q, dict) or any(f not in q for f in need):
@@ -453,7 +453,7 @@ def load_questions(path:str|Path, # from `save_questions`
     except FileNotFoundError: raise DataError(f'There is no {tidy(rooted(path))}: run questions first.') from None
     except ValueError as e: raise DataError(f'{Path(path).name} is not whole: {e}') from None
     for i, q in enumerate(qs, 1):
-        if why := _wrong(q): raise DataError(f'{Path(path).name} line {i} {why}')
+        if why := why_no_question(q): raise DataError(f'{Path(path).name} line {i} {why}')
     if expected and questions_hash(qs) != expected:
         raise DataError(f'{Path(path).name} has hash {questions_hash(qs)}, expected {expected}: these are other '
                         f'questions.')
