@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SETS', 'WHOLE', 'lettered', 'a_question', 'read_socialbench', 'read_cross', 'read_mutual', 'PublicSet', 'loaded',
-           'read_set', 'PublicConfig', 'some_of', 'in_groups', 'AskedSet', 'best_rule', 'public_table', 'ask_set',
-           'harness_pairs', 'by_persona', 'lm_eval_task', 'read_lm_eval']
+           'read_set', 'PublicConfig', 'some_of', 'in_groups', 'AskedSet', 'numbers_of', 'public_table', 'ask_set',
+           'by_persona', 'harness_pairs', 'lm_eval_task', 'read_lm_eval']
 
 # %% ../nbs/benchmark/public.ipynb #6359c3ba
 import json, re
@@ -185,23 +185,21 @@ def rules(self:AskedSet) -> dict: # the record
     write_jsonl(path, picks)
     return self.keep('rules', 'none', rule_metrics(self.qs, picks), path)
 
-# %% ../nbs/benchmark/public.ipynb #83f72b7d
-def best_rule(record:dict) -> str: # of the rules
-    "The rule that is right most often, and chance."
-    m = record['metrics']
-    top = max((k for k in m if k != 'chance'), key=lambda k: m[k]['value'])
-    return f"{top} {m[top]['value']:.2f}, chance {m['chance']['value']:.2f}"
+# %% ../nbs/benchmark/public.ipynb #c54919a4
+def numbers_of(record:dict) -> dict[str,dict]: # how it was read → metric
+    "The accuracies of a record; of the rules the best one, and chance."
+    m = {k.removeprefix('accuracy '): v for k, v in record['metrics'].items() if not k.startswith('recall')}
+    if record['what']['mode'] != 'rules': return m
+    best = max(m.keys() - {'chance'}, key=lambda k: m[k]['value'])
+    return {best: m[best], 'chance': m['chance']}
 
-def public_table(records:list[dict]) -> pd.DataFrame: # a line per file, mode and condition
-    "What was answered, beside chance and the best rule."
-    rules = {r['what']['file']: best_rule(r) for r in records if r['what']['mode'] == 'rules'}
+def public_table(records:list[dict]) -> pd.DataFrame: # a line per number
+    "What was answered, and below it the best rule and chance."
     lines = []
-    for r in (r for r in records if r['what']['mode'] != 'rules'):
-        line = {k: r['what'][k] for k in ('file', 'mode', 'condition')} | dict(n=next(iter(r['metrics'].values()))['n'])
-        for name, m in r['metrics'].items():
-            if name.startswith('accuracy'): line[name.removeprefix('accuracy ')] = str(Metric(m))
-        lines.append(line | dict(rule=rules.get(r['what']['file'], '')))
-    return pd.DataFrame(lines).fillna('')
+    for r in records:
+        of = {k: r['what'][k] for k in ('mode', 'condition')}
+        lines += [of | {'read by': k, 'accuracy': str(Metric(m)), 'n': m['n']} for k, m in numbers_of(r).items()]
+    return pd.DataFrame(lines)
 
 def ask_set(cfg:PublicConfig, run:Run|None=None) -> list[dict]: # records
     "Ask a published file in all modes and conditions."
@@ -209,7 +207,11 @@ def ask_set(cfg:PublicConfig, run:Run|None=None) -> list[dict]: # records
     said = [given.ask(m, c) for m in cfg.modes for c in conditions(given.qs, bool(given.run.worn))]
     return said + [given.rules()]
 
-# %% ../nbs/benchmark/public.ipynb #8daa7b44
+# %% ../nbs/benchmark/public.ipynb #6455d6ed
+def by_persona(q:dict) -> bool:
+    "Whether the choices are who is told, rather than what is said."
+    return TRACKS.get(q.get('track'), TRACKS['random']).varies == 'persona'
+
 def harness_pairs(q:dict, tok, template:Template, cfg:Scored) -> list[tuple[str,str]]: # (context, what follows)
     "A question's choices as the harness would cut them; none if the texts would not give its ids again."
     many = [q | dict(instruction=p, choices=[q['reply']]) for p in q['choices']] if by_persona(q) else [q]
@@ -223,10 +225,7 @@ def harness_pairs(q:dict, tok, template:Template, cfg:Scored) -> list[tuple[str,
             out.append((bare, prompt[len(bare):] + said))
     return out
 
-def by_persona(q:dict) -> bool:
-    "Whether the choices are who is told, rather than what is said."
-    return TRACKS.get(q.get('track'), TRACKS['random']).varies == 'persona'
-
+# %% ../nbs/benchmark/public.ipynb #ea3fed54
 WHOLE = Scored(max_reply=4096) # a reply that is cut may end within a letter
 
 def lm_eval_task(qs:list[dict], tok, folder:str|Path, name:str, template:Template=PERSONA, cfg:Scored=WHOLE
@@ -246,7 +245,7 @@ def lm_eval_task(qs:list[dict], tok, folder:str|Path, name:str, template:Templat
     with atomic(folder/f'{name}.yaml') as new: new.write_text(yaml.safe_dump(task, sort_keys=False), encoding='utf-8')
     return folder/f'{name}.yaml'
 
-# %% ../nbs/benchmark/public.ipynb #fa550de3
+# %% ../nbs/benchmark/public.ipynb #d7fb53de
 def read_lm_eval(path:str|Path # samples_NAME_….jsonl
                 ) -> list[dict]: # id, cluster, lang, answer, sum
     "What the harness has logged; a `DataError` if it is no log of a task that was written here."
@@ -261,7 +260,7 @@ def read_lm_eval(path:str|Path # samples_NAME_….jsonl
         out.append({k: doc[k] for k in ('id', 'cluster', 'lang', 'answer')} | dict(sum=np.round(sums, 5).tolist()))
     return out
 
-# %% ../nbs/benchmark/public.ipynb #1c601ef8
+# %% ../nbs/benchmark/public.ipynb #4823a5ec
 @patch
 def harness(self:AskedSet, log:str|Path) -> dict: # the record
     "Keep what the harness has logged as a record beside those that were asked here."
