@@ -1,5 +1,5 @@
 """Notebooks and modules agree, notebooks are clean, and importing is quick."""
-import ast, importlib, io, json, re, shutil, subprocess, sys, tokenize
+import ast, importlib, io, json, os, re, shutil, subprocess, sys, tokenize
 from pathlib import Path
 
 import pytest
@@ -184,3 +184,11 @@ def test_a_version_is_one_version():
     c = configparser.ConfigParser(delimiters=['=']); c.read(ROOT/'settings.ini'); version = c['DEFAULT']['version']
     assert version == yothalia.__version__ and f'\n## {version}, ' in (ROOT/'CHANGELOG.md').read_text(encoding='utf-8')
     assert f'\nversion: {version}\n' in (ROOT/'CITATION.cff').read_text(encoding='utf-8')
+
+
+def test_worn_from_another_folder(tmp_path):
+    "The command of a checkout finds notebooks and recipes from whatever folder it is called in."
+    env = {k: v for k, v in os.environ.items() if k != 'YOTHALIA_ROOT'} | dict(PYTHONPATH=str(ROOT))
+    code = 'from yothalia.core import shipped; from yothalia.commands import app; print(shipped("runs")); app(["run", "--list", "steps"])'
+    got = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert got.returncode == 0 and str(ROOT/'runs') in got.stdout and '02_lora' in got.stdout, got.stdout + got.stderr

@@ -73,20 +73,20 @@ def possible_questions(test:list[dict], # test rows
     "How many questions of each track the test rows give, scaled up where there are many rows."
     out, some = {}, test[:most]
     for t in TRACKS:
-        try: n = len(make_questions(test if t == 'speaker' else some, 0, 5, track=t))
+        try: n = len(some) if TRACKS[t].alone else len(make_questions(test if t == 'speaker' else some, 0, 5, track=t))
         except DataError: n = 0
         out[t] = n if t == 'speaker' else round(n*len(test)/max(1, len(some)))
     return out
 
 def track_lines(counts:dict[str,int]) -> dict[str,str]: # track → in words
-    "What each track could show."
+    "What each track could show that is possible, and which are not."
     from yothalia.stats import detectable
     def say(n):
-        if not n: return 'not possible with these rows'
         d = detectable(n, .3)
         return f'{n:,} questions' + (f'; a difference of {d*100:.0f} points would be found 80 times in 100' if d == d
                                      else '; too few to find any difference')
-    return {t: say(n) for t, n in counts.items()}
+    without = ', '.join(t for t, n in counts.items() if not n)
+    return {t: say(n) for t, n in counts.items() if n} | ({'not possible': without} if without else {})
 
 # %% ../nbs/run/check.ipynb #aa32b3a4
 def guess_tokens(text:str, model:str=EMBEDDED) -> float:
@@ -162,7 +162,8 @@ def full_check(cfg:DataConfig, model:str, console):
     _left_out(done['rejects'], console)
     if 'test' not in done: return
     console.print('\n[bold]Questions from the test rows[/]')
-    for t, text in track_lines(possible_questions(done['test'])).items(): _say(console, t, f'{TRACKS[t].asks} {text}')
+    for t, text in track_lines(possible_questions(done['test'])).items():
+        _say(console, t, f'{TRACKS[t].asks} {text}' if t in TRACKS else text)
     console.print('\n[bold]Cost[/]')
     _say(console, model, cost(done, model))
 

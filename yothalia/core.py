@@ -65,8 +65,10 @@ def shown(text:str) -> str:
 # %% ../nbs/base/core.ipynb #c0re0002
 def shipped(kind:str # 'nbs' or 'runs'
            ) -> Path: # a folder
-    "The folder of the notebooks or of the recipes: the checkout's, else what the installed package holds."
-    return (project_root() if is_checkout(project_root()) else package_dir())/kind
+    "The folder of the notebooks or of the recipes: the checkout's, else what the installed package holds or lies in."
+    places = [project_root()/kind] if is_checkout(project_root()) else []
+    places += [package_dir()/kind, package_dir().parent/kind] # a wheel; a checkout that is worn from elsewhere
+    return next((p for p in places if p.is_dir()), places[0])
 
 def notebook(name:str # without its ending
             ) -> Path:
