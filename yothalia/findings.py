@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['ABOUT', 'ASKED', 'COMPARED', 'SENTENCES', 'as_percent', 'of_track', 'headline_accuracies', 'beside_it',
            'difference_sentence', 'by_construction', 'shares_by_character', 'character_sentence', 'reply_sentences',
-           'signed', 'template_sentence', 'played_sentences', 'memory_sentence', 'held_sentence', 'leaks_sentence',
-           'rows_sentence', 'loss_sentence', 'cost_sentence', 'time_sentence', 'found_by', 'findings', 'show_frame',
-           'summary_figure', 'show_lines', 'show_results']
+           'signed', 'open_', 'template_sentence', 'played_sentences', 'memory_sentence', 'held_sentence',
+           'leaks_sentence', 'rows_sentence', 'loss_sentence', 'cost_sentence', 'time_sentence', 'found_by', 'findings',
+           'show_frame', 'summary_figure', 'show_lines', 'show_results']
 
 # %% ../nbs/run/findings.ipynb #85c107bc
 from pathlib import Path
@@ -119,6 +119,10 @@ def signed(m:dict # a metric
     between = f" [{m['interval'][0]:+.2f}, {m['interval'][1]:+.2f}]" if m['interval'] else ''
     return f"{m['value']:+.2f}{between}"
 
+def open_(m:dict) -> bool: # a metric that is a difference
+    "Whether it may be nothing: its interval holds zero, or there are too few values for one."
+    return not m['interval'] or m['interval'][0] <= 0 <= m['interval'][1]
+
 def template_sentence(records:list[dict]) -> list[str]:
     "Which prompt template the held-out replies choose."
     best = next((r for r in records if r['what'].get('chosen')), None)
@@ -173,8 +177,7 @@ def loss_sentence(records:list[dict]) -> list[str]:
     for key, words in (('base to prompt', 'the prompt alone'), ('base to lora', 'fine-tuning alone'),
                        ('base to both', 'both together')):
         if g := m.get(f'gain {key}'):
-            low, high = g['interval']
-            said.append(f'{words} {signed(g)}' + ' (not established)'*(low <= 0 <= high))
+            said.append(f'{words} {signed(g)}' + ' (not established)'*open_(g))
     n = next((m[k]['n'] for k in m if k.startswith('gain')), 0)
     return [f"Prompt or fine-tuning? What they take off the surprise at the author's own replies, in nats per token, "
             f"on {n} held-out conversations: {'; '.join(said)}."]*bool(said)
@@ -185,14 +188,13 @@ def cost_sentence(records:list[dict]) -> list[str]:
     made = {r['what']['precision']: r for r in records}
     def nothing(r):
         a = quantization.added(r)
-        return a['value'] == 0 and a['interval'][1] == 0
+        return a['value'] == 0 and (a['interval'] or [0, 0])[1] == 0
     def size(r): return f"{r['metrics']['weights']['value']/1e6:.0f} MB"
     first = next((r for r in records if nothing(r)), None)
     said = []
     for p in (p for p in PRECISIONS if p in made and made[p] is not first):
         a = quantization.added(made[p])
-        low, high = a['interval']
-        said.append(f'{p} ({size(made[p])}) adds {a:.3f}' + ', not established'*(low <= 0 <= high))
+        said.append(f'{p} ({size(made[p])}) adds {a:.3f}' + ', not established'*open_(a))
     if not first or not said: return []
     n = first['metrics']['held-out loss']['n']
     return [f"How far can I quantize? Against {first['what']['precision']} ({size(first)}), in nats per token on {n} "

@@ -128,9 +128,11 @@ def check_apart(train:list[dict], test) -> None: # rows
 def loss_metric(sums:np.ndarray, # (rows,) summed nats, or differences of such sums
                 counts:np.ndarray # (rows,) target tokens
                ) -> dict: # a metric in nats/token
-    "Mean per target token with its 95% interval; fed with differences it is the paired difference."
+    """Mean per target token with its 95% interval, which a single row has not; fed with differences it is the paired
+    difference."""
     mean = sums.sum() / counts.sum()
-    se = np.sqrt(((sums - mean*counts)**2).sum() * len(sums)/max(1, len(sums)-1)) / counts.sum()
+    if len(sums) < 2: return metric(float(mean), 'nats/token', len(sums))
+    se = np.sqrt(((sums - mean*counts)**2).sum() * len(sums)/(len(sums)-1)) / counts.sum()
     return metric(float(mean), 'nats/token', len(sums), float(mean-1.96*se), float(mean+1.96*se))
 
 def reply_loss(model, data:Dataset # examples

@@ -110,7 +110,7 @@ def _plot_loss(records:list[dict], ax):
     pts = [(r['metrics']['weights']['value']/1e6, added(r), r['what']['precision']) for r in _sorted(records)]
     for k, (x, m, name) in enumerate(pts):
         x *= 1.04**sum(abs(a/x-1) < .01 for a, *_ in pts[:k])  # those of one size stand side by side
-        ax.plot([x, x], m['interval'], color=f'C{k}', lw=2, alpha=.6)
+        if m['interval']: ax.plot([x, x], m['interval'], color=f'C{k}', lw=2, alpha=.6)
         ax.plot(x, m['value'], 'o', color=f'C{k}', label=name)
     ax.legend(fontsize=8, frameon=False)
     ax.plot(*zip(*pareto_front([(x, m['value']) for x, m, _ in pts])), '--', color='gray', zorder=0, lw=1)

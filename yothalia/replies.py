@@ -460,7 +460,8 @@ def plays(records:list[dict]) -> str: # of `measure_replies`; empty where a lang
     if not there: return ''
     beside = {'told nothing': 'base', "told somebody else's persona": 'stranger',
               'by the author, as briefly': 'author, cut', 'by another hand': 'another hand'}
-    said = [f'Of its own replies ({there[-1]}), {_share(of[there[-1]])} are taken for the character\'s; '
+    m = of[there[-1]]
+    said = [f'Of {m["n"]:,} of its own replies ({there[-1]}), {_share(m)} are taken for the character\'s; '
             + ', '.join(f'{words}, {_share(of[c])}' for words, c in beside.items() if of.get(c)) + '.']
     return ' '.join(said + gains_in_words(gains(records)))
 

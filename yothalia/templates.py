@@ -112,7 +112,7 @@ def template_table(records:list[dict]) -> pd.DataFrame: # one line per template,
     rows = []
     for r in sorted(records, key=lambda r: -r['metrics']['gain']['value']):
         m = r['metrics']
-        def short(k): return '{:+.3f} [{:+.3f}, {:+.3f}]'.format(m[k]['value'], *m[k]['interval']) if k in m else ''
+        def short(k): return f'{Metric(m[k]):+.3f}' if k in m else ''
         p = m.get('gain over persona p')
         rows.append({'': '→' if r['what']['chosen'] else '', 'template': template_name(r), 'gain': short('gain'),
                      'of other personas': short('gain of other personas'), 'specificity': short('specificity'),
@@ -131,7 +131,7 @@ def plot_templates(records:list[dict], ax=None):
                                                  'none', -.14),
                                                 ('gain', 'own persona', COLOURS['prompt'], COLOURS['prompt'], .14)):
             if (m := r['metrics'].get(key)) is None: continue
-            ax.plot(m['interval'], [y+shift]*2, color=colour, lw=1.5)
+            if m['interval']: ax.plot(m['interval'], [y+shift]*2, color=colour, lw=1.5)
             ax.plot(m['value'], y+shift, 'o', color=colour, mfc=fill, ms=6, label=words if y == 0 else None)
     ax.axvline(0, color='gray', lw=1, ls=':')
     ax.grid(axis='x', alpha=.25)

@@ -55,7 +55,7 @@ def plot_gains(record:dict, # of this step
     shown = [c for c in ('prompt', 'lora', 'both') if f'gain base to {c}' in record['metrics']][::-1]
     for y, c in enumerate(shown):
         m = record['metrics'][f'gain base to {c}']
-        ax.plot(m['interval'], [y, y], color=COLOURS[c], lw=2.5, solid_capstyle='round')
+        if m['interval']: ax.plot(m['interval'], [y, y], color=COLOURS[c], lw=2.5, solid_capstyle='round')
         ax.plot(m['value'], y, 'o', color=COLOURS[c])
     ax.axvline(0, color='gray', lw=1, ls=':')
     ax.set_yticks(range(len(shown)), shown)

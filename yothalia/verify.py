@@ -188,7 +188,7 @@ def character_check(kept:dict, fair:dict|None) -> tuple: # of the export, and of
     if kept['value'] != kept['value']: return None, 'the adapter had gained nothing'
     said = f'{Metric(kept):.2f} of the gain is left' + (f' (of the tested model at this precision {fair["value"]:.2f})'
                                                         if fair else '')
-    low, high = kept['interval']
+    low, high = kept['interval'] or (-np.inf, np.inf)
     return (True if low >= ENOUGH else False if high < ENOUGH else None), said
 
 # %% ../nbs/run/verify.ipynb #05a0002e
