@@ -490,7 +490,7 @@ def progress(items, # an iterable
     from tqdm.auto import tqdm
     file, say = os.environ.get('YOTHALIA_PROGRESS', ''), say or (lambda: '')
     if not file:
-        bar = tqdm(items, desc=desc, total=total)
+        bar = tqdm(items, desc=desc, total=total, delay=1) # what is done in a second needs no bar
         for o in bar:
             yield o
             bar.set_postfix_str(say(), refresh=False)
