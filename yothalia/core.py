@@ -13,6 +13,7 @@ __all__ = ['SECRET', 'TRIED', 'is_checkout', 'project_root', 'rooted', 'package_
 
 # %% ../nbs/base/core.ipynb #6d0c227c
 import difflib, functools, gc, hashlib, importlib, json, os, platform, random, re, shutil, subprocess, sys, time
+import warnings
 from collections import Counter
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -24,6 +25,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 for _noisy in ('bitsandbytes', 'torchao', 'torch.utils._pytree'): # of kernels and registrations that nobody misses
     getLogger(_noisy).setLevel('ERROR')
+warnings.filterwarnings('ignore', message='`is_gradient_checkpointing`') # peft asks
 
 # %% ../nbs/base/core.ipynb #94bb1d66
 def is_checkout(folder:Path) -> bool:
