@@ -18,12 +18,12 @@ from jinja2 import Environment
 from .core import *
 from .asking import picked
 from .data import DataError
-from .findings import ABOUT, found_by, of_track
+from .findings import SENTENCES, found_by, of_track
 from .prompts import CONDITIONS
 from .runner import JOBS, room
 from .tables import brief_table, headline_of, plot_accuracy
-from . import (adapters, behind, decoding, export, holds, leaks, load, profiling, quantization, replies, speed,
-                      sweep, templates, tuned, validity)
+from . import (adapters, behind, decoding, export, holds, leaks, load, profiling, public, quantization, replies,
+                      speed, sweep, templates, tuned, validity)
 
 # %% ../nbs/run/report.ipynb #407686c3
 INK = '#010203' # a colour that nobody draws with: it becomes that of the text around
@@ -56,6 +56,7 @@ class Section:
 # %% ../nbs/run/report.ipynb #851c6309
 SECTIONS = { # step → its section, in the order in which they are told
     'replies': Section('Does it play the character?', replies.replies_table, replies.plot_replies),
+    'memory': Section('Does it listen?'),
     'holds': Section('Does it stay the character?', holds.holds_table, holds.plot_holds),
     'lora': Section('Prompt or fine-tuning?', plot=tuned.plot_gains, one=True),
     'benchmark': Section('Who is speaking, and whose reply is it?', brief_table, plot_accuracy),
@@ -66,12 +67,14 @@ SECTIONS = { # step → its section, in the order in which they are told
     'profiling': Section('Where does the time go?', plot=profiling.plot_phases, one=True),
     'speed': Section('How fast is a training?', speed.speed_table, speed.plot_speed),
     'leaks': Section('What does it give away?', leaks.leak_table, leaks.plot_leaks),
+    'public': Section('What does it answer to others?', public.public_table),
     'validity': Section('Do the questions measure what they say?', validity.validity_table),
     'export': Section('Is it still the character that was tested?', export.export_table),
     'specificity': Section('Does an adapter learn its character?', record_table),
     'decoding': Section('How fast does it speak?', decoding.decoding_table),
     'adapters': Section('How many adapters at once?', adapters.adapters_table),
     'load': Section('How does the server bear many clients?', load.load_table),
+    'engine': Section('How much faster are many together?', record_table),
     'traffic': Section('And for an hour?', record_table),
     'behind': Section('What can the engines behind it do?', behind.ability_table)}
 
