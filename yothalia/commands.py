@@ -159,7 +159,7 @@ def run_or_model(name:str, model:str, precision:str, adapter:str): # Run
     from yothalia.runs import Run
     own = {k: v for k, v in dict(model=model, precision=precision, adapter=adapter).items() if v}
     if (rooted('_runs')/name/'data').is_dir(): return Run.open(name, **own)
-    return Run(**own | dict(out=f'_runs/{name}', adapter=''))
+    return Run(**own | dict(out=f'_runs/{name}', adapter='' if adapter == 'auto' else adapter))
 
 # %% ../nbs/run/commands.ipynb #b7d293d0
 @app.command()
