@@ -180,7 +180,8 @@ def level_attention(q, k, v, l:Level, scale) -> tuple: # (n, heads, width), and 
                                                          return_aux=AuxRequest(lse=True),
                                          scale=scale, window_size=(-1, 0 if l.causal else -1))
     out, lse = torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0])
-    for a, b, c, d in zip(l.cu_q, l.cu_q[1:], l.cu_k, l.cu_k[1:]):
+    qs, ks = l.cu_q.tolist(), l.cu_k.tolist()  # once, for a GPU is waited for each time
+    for a, b, c, d in zip(qs, qs[1:], ks, ks[1:]):
         w = torch.einsum('qhd,khd->hqk', q[a:b], k[c:d])*(scale or q.shape[-1]**-.5)
         if l.causal: w = w.masked_fill(torch.ones(b-a, d-c, dtype=torch.bool, device=q.device).triu(1), float('-inf'))
         lse[:, a:b] = w.logsumexp(-1)
