@@ -78,10 +78,8 @@ def measure(precision:str, # a key of `PRECISIONS`
 def _sorted(records): return sorted(records, key=lambda r: list(PRECISIONS).index(r['what']['precision']))
 
 def decode_speeds(record:dict) -> dict[str,Metric]:
-    "One and several at a time; by the recorded step where an earlier record has that."
-    m = {k: Metric(v) for k, v in record['metrics'].items()}
-    own = {k.removeprefix('own '): v for k, v in m.items() if k.startswith('own decode')}
-    return own or {k: v for k, v in m.items() if k.startswith('decode')}
+    "One and several at a time."
+    return {k: Metric(v) for k, v in record['metrics'].items() if k.startswith('decode')}
 
 def added(record:dict) -> Metric:
     "The metric of the loss that a precision adds to the first one."

@@ -127,12 +127,13 @@ class Number(NamedTuple):
 
 _told, _tuned, _speaker = dict(condition='prompt'), dict(condition='both'), dict(track='speaker')
 GLANCE = [
-    Number('Own replies taken for the character\'s: told and fine-tuned', 'sample', 'replies', 'recognised', _tuned),
-    Number('… told only', 'sample', 'replies', 'recognised', _told),
-    Number('… written by another hand', 'sample', 'replies', 'recognised', dict(condition='another hand')),
-    Number('Own replies that end by themselves: told and fine-tuned', 'sample', 'replies', 'stops', _tuned),
-    Number('Who is speaking, found among five: told', 'sample', 'benchmark', 'accuracy sum', _told | _speaker),
-    Number('… told and fine-tuned', 'sample', 'benchmark', 'accuracy sum', _tuned | _speaker),
+    Number('Replies of a 1.5B model taken for the character\'s: told', 'replies_qwen', 'replies', 'recognised', _told),
+    Number('… told and fine-tuned', 'replies_qwen', 'replies', 'recognised', _tuned),
+    Number('… of the default model, told', 'replies', 'replies', 'recognised', _told),
+    Number('… told and fine-tuned', 'replies', 'replies', 'recognised', _tuned),
+    Number('… written by another hand', 'replies', 'replies', 'recognised', dict(condition='another hand')),
+    Number('Who is speaking, found among five: told', 'plain_prompt', 'benchmark', 'accuracy sum', _told | _speaker),
+    Number('… told and fine-tuned', 'plain_prompt', 'benchmark', 'accuracy sum', _tuned | _speaker),
     Number('Nats per token that the persona takes off', 'sample', 'lora', 'gain base to prompt'),
     Number('… that fine-tuning takes off', 'sample', 'lora', 'gain base to lora'),
     Number('… that both take off', 'sample', 'lora', 'gain base to both'),
