@@ -61,3 +61,14 @@ def test_what_is_wrong_is_a_sentence(installed, tmp_path):
                        (['chat'], 'no card, adapter or run')):
         got = yothalia(command, tmp_path, *args)
         assert got.returncode == 1 and says in got.stdout and 'Traceback' not in got.stdout + got.stderr, got.stdout + got.stderr
+
+
+def test_notebooks_for_papermill(installed, tmp_path):
+    "The jobs as notebooks: papermill runs one of them where there is no checkout, and none is written over."
+    command, package = installed
+    got = yothalia(command, tmp_path, 'notebooks', 'jobs')
+    assert got.returncode == 0 and {p.stem for p in (tmp_path/'jobs').iterdir()} == set(STEPS), got.stdout + got.stderr
+    assert 'already' in yothalia(command, tmp_path, 'notebooks', 'jobs').stdout
+    python = command.parent/'python'
+    done = yothalia(python, tmp_path, '-m', 'papermill', '-k', 'python3', '--no-progress-bar', 'jobs/01_data.ipynb', 'done.ipynb', '-p', 'data', 'lesson', '-p', 'out', '_runs/mine')
+    assert done.returncode == 0 and (tmp_path/'_runs/mine/records/data.json').exists(), done.stderr[-3000:]

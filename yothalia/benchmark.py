@@ -196,10 +196,17 @@ def ask_tracks(cfg:BenchmarkConfig, model, tok, test:list[dict]) -> dict[str,lis
 
 # %% ../nbs/04_benchmark.ipynb #a5c00002
 class Found:
-    "What was answered: records, that show themselves."
-    def __init__(self, records:list[dict]): self.records = records
-    def __repr__(self): return brief_table(self.records).to_string(index=False)
-    def _repr_html_(self): return brief_table(self.records).to_html(index=False, border=0)
+    "What was answered: records, that show themselves, and what could not be asked."
+    def __init__(self, records:list[dict], lacking=()): self.records, self.lacking = records, list(lacking)
+    def not_asked(self) -> list[str]: # sentences
+        return [f'{t} could not be asked: it needs {TRACKS[t].needs}, more of them than the test rows hold.'
+                for t in self.lacking]
+    def __repr__(self):
+        table = [brief_table(self.records).to_string(index=False)]*bool(self.records)
+        return '\n'.join(table + self.not_asked())
+    def _repr_html_(self):
+        table = brief_table(self.records).to_html(index=False, border=0) if self.records else ''
+        return table + ''.join(f'<p>{s}</p>' for s in self.not_asked())
     def plot(self):
         "Accuracies with intervals, the rule, and chance."
         return plot_accuracy(self.records)
@@ -211,4 +218,5 @@ def ask(self:Run, tracks=('speaker', 'voice'), # keys of `TRACKS`
     "Ask the run's model, in every condition that its rows and its adapter allow."
     cfg = self.config(BenchmarkConfig, **dict(tracks=list(tracks), modes=['cloze']) | given)
     asked = ask_tracks(cfg, self.lm, self.tok, self.rows('test'))
-    return Found(benchmark(cfg, self.lm, self.tok, asked, self.worn, self.how))
+    lacking = [t for t in cfg.tracks if not asked.get(t)]
+    return Found(benchmark(cfg, self.lm, self.tok, asked, self.worn, self.how), lacking)

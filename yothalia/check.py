@@ -82,10 +82,10 @@ def track_lines(counts:dict[str,int]) -> dict[str,str]: # track → in words
     "What each track could show that is possible, and which are not."
     from yothalia.stats import detectable
     def say(n):
-        d = detectable(n, .3)
-        return f'{n:,} questions' + (f'; a difference of {d*100:.0f} points would be found 80 times in 100' if d == d
-                                     else '; too few to find any difference')
-    without = ', '.join(t for t, n in counts.items() if not n)
+        d, counted = detectable(n, .3), f'{n:,} question' + 's'*(n != 1)
+        if d != d: return f'{counted}; too few to find any difference'
+        return f'{counted}; a difference of {d*100:.0f} points would be found 80 times in 100'
+    without = '; '.join(f'{t}, which needs {TRACKS[t].needs}' for t, n in counts.items() if not n)
     return {t: say(n) for t, n in counts.items() if n} | ({'not possible': without} if without else {})
 
 # %% ../nbs/run/check.ipynb #aa32b3a4

@@ -6,7 +6,7 @@
 __all__ = ['app', 'Recipe', 'Parameters', 'Name', 'Steps', 'Shown', 'one_sentence', 'listed', 'takes', 'run', 'show_parameters',
            'first_line', 'check', 'shown_run', 'results', 'report', 'run_or_model', 'ask', 'trained_run', 'export',
            'verify', 'push', 'card', 'chat', 'named_values', 'serve_config', 'key_for', 'free_port', 'serve', 'submit',
-           'step', 'status', 'show_status', 'collect', 'fetch', 'site', 'docs']
+           'step', 'status', 'show_status', 'collect', 'notebooks', 'fetch', 'site', 'docs']
 
 # %% ../nbs/run/commands.ipynb #45f27690
 import inspect, json, os, socket
@@ -177,11 +177,11 @@ def ask(file: Annotated[str, typer.Argument(help="a published file, a folder, or
         from yothalia.public import AskedSet, PublicConfig, ask_set, lm_eval_task, public_table
         from yothalia.findings import show_frame
         most, of = given.pop('questions'), run_or_model(name, **given)
-        cfg = of.config(PublicConfig, file=file, questions=most, modes=mode)
-        asked = AskedSet(cfg, of)
+        cfg = of.config(PublicConfig, files=[file], questions=most, modes=mode)
+        asked = AskedSet(cfg, of, file)
         for why, k in asked.left.items(): console.print(f'{k} questions left out: {why}', markup=False)
         if task: console.print(tidy(lm_eval_task(asked.qs, of.tok, task, asked.name)), soft_wrap=True)
-        else: show_frame(public_table([asked.harness(samples)] if samples else ask_set(cfg, of)), asked.name, console)
+        else: show_frame(public_table([asked.harness(samples)] if samples else ask_set(asked)), asked.name, console)
 
 # %% ../nbs/run/commands.ipynb #50ed19bd
 def trained_run(name:str): # Run
@@ -457,6 +457,21 @@ def collect(name: Annotated[str, typer.Argument(help='a run, a grid, or nothing 
         table.map(number).to_csv(folder/'collected.csv')
         plot_collected(table).savefig(folder/'collected.png', dpi=110)
         for f in ('collected.csv', 'collected.png'): console.print(tidy(folder/f), highlight=False)
+
+# %% ../nbs/run/commands.ipynb #5f84d715
+@app.command()
+def notebooks(folder: Annotated[Path, typer.Argument(help='where they go')]=Path('.'), steps: Steps=[]):
+    "Write the notebooks of the steps, without their lessons, as jobs for papermill and JupyterLab."
+    with one_sentence() as console:
+        made = {rooted(folder)/job_notebook(s).name: s for s in known_steps(listed(steps)) or STEPS}
+        if there := next((tidy(f) for f in made if f.exists()), ''):
+            raise RunError(f'There is {there} already: name another folder.')
+        rooted(folder).mkdir(parents=True, exist_ok=True)
+        for f, s in made.items():
+            job = as_job(json.loads(job_notebook(s).read_text(encoding='utf-8')))
+            f.write_text(json.dumps(job, indent=1, ensure_ascii=False), encoding='utf-8')
+            console.print(tidy(f), highlight=False)
+        console.print(f'Such as: papermill {tidy(f)} done.ipynb -p out _runs/mine', highlight=False)
 
 # %% ../nbs/run/commands.ipynb #5da462b1
 @app.command()

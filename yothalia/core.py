@@ -9,7 +9,7 @@ __all__ = ['SECRET', 'TRIED', 'is_checkout', 'project_root', 'rooted', 'package_
            'read_jsonl', 'content_hash', 'file_sha256', 'seal', 'sealed', 'code_hash', 'cores', 'used_by_others',
            'share_the_machine', 'has_bf16', 'device_info', 'world', 'stop_asked', 'site_file', 'took', 'others',
            'run_info', 'Metric', 'metric', 'median_metric', 'save_record', 'load_records', 'record_table', 'duration',
-           'progress', 'tell_progress', 'Field']
+           'tell_progress', 'progress', 'Field']
 
 # %% ../nbs/base/core.ipynb #6d0c227c
 import difflib, functools, gc, hashlib, importlib, json, os, platform, random, re, shutil, subprocess, sys, time
@@ -483,6 +483,17 @@ def duration(seconds:float) -> str:
     return f'{seconds/60:.0f} min' if seconds < 6000 else f'{seconds/3600:.1f} h'
 
 # %% ../nbs/base/core.ipynb #796d3d2f
+def tell_progress(text:str # a short line
+                 ):
+    "Leave a line for the runner, where one listens."
+    file = os.environ.get('YOTHALIA_PROGRESS', '')
+    if file and file != 'off':
+        try: Path(file).write_text(text, encoding='utf-8')
+        except OSError: pass  # a lost progress line must not stop a run
+
+# %% ../nbs/base/core.ipynb #a47d5ff9
+_bars = []  # that are shown now
+
 def progress(items, # an iterable
              desc:str='', # what is going on
              total:int|None=None, # its length, where it has none
@@ -492,20 +503,15 @@ def progress(items, # an iterable
     from tqdm.auto import tqdm
     file, say = os.environ.get('YOTHALIA_PROGRESS', ''), say or (lambda: '')
     if not file:
-        bar = tqdm(items, desc=desc, total=total, delay=1) # what is done in a second needs no bar
-        for o in bar:
-            yield o
-            bar.set_postfix_str(say(), refresh=False)
+        bar = tqdm(items, desc=desc, total=total, delay=1, leave=not _bars)
+        _bars.append(bar)
+        try:
+            for o in bar:
+                yield o
+                bar.set_postfix_str(say(), refresh=False)
+        finally: _bars.remove(bar)
         return
     total = total or (len(items) if hasattr(items, '__len__') else None)
     for i, o in enumerate(items):
         if file != 'off': tell_progress(', '.join(filter(None, (f'{desc} {i}/{total}'.removesuffix('/None'), say()))))
         yield o
-
-def tell_progress(text:str # a short line
-                 ):
-    "Leave a line for the runner, where one listens."
-    file = os.environ.get('YOTHALIA_PROGRESS', '')
-    if file and file != 'off':
-        try: Path(file).write_text(text, encoding='utf-8')
-        except OSError: pass  # a lost progress line must not stop a run

@@ -20,6 +20,7 @@ from .questions import TRACKS
 from .stats import accuracies, against_rule, answers, paired_difference
 from . import holds as holding, leaks as leaking, profiling, quantization, replies, tables, tuned
 from .asking import MODES
+from .public import public_sentences
 from .tables import headline_of
 
 # %% ../nbs/run/findings.ipynb #3ba230f1
@@ -216,7 +217,7 @@ def time_sentence(records:list[dict]) -> list[str]:
 # step → its sentences; the first is what a run is done for
 SENTENCES = dict(replies=played_sentences, memory=memory_sentence, holds=held_sentence, templates=template_sentence,
                  lora=loss_sentence, curve=rows_sentence, quantization=cost_sentence, profiling=time_sentence,
-                 leaks=leaks_sentence)
+                 leaks=leaks_sentence, public=public_sentences)
 
 def found_by(folder:Path # a run's folder, or any with records
             ) -> dict[str,list[str]]: # step → sentences
@@ -226,7 +227,7 @@ def found_by(folder:Path # a run's folder, or any with records
     if bench and not about:
         away = any(r['what'].get('engine') == 'api' for r in bench)
         why = ('it was not asked for the log-probabilities of given replies (tokenizer)' if away
-               else 'that needs two characters of one language with personas')
+               else f"that needs {TRACKS['speaker'].needs}")
         about = [f'Who is speaking could not be asked: {why}.']
     of = {step: say(load_records(folder, step=step)) for step, say in SENTENCES.items()}
     return dict(replies=of['replies'], benchmark=about + reply_sentences(bench)) | of

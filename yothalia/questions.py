@@ -33,19 +33,23 @@ from .rows import sample_rows
 class Track:
     "A way to make questions."
     asks: str            # in words
+    needs: str           # of the rows
     varies: str='reply'  # what the choices are: 'reply' or 'persona'
     near: bool=False     # the other personas are those most like the character's own
     masked: bool=False   # names are taken out
     closed: bool=True    # in sets in which each choice is true once, and false in all other questions
     alone: bool=False    # the others are what the model itself would say: for a character without company
 
-TRACKS = {'speaker': Track('Who is speaking?', 'persona'), 'speaker-near': Track('Who is speaking, among their like?',
-                                                                                 'persona', near=True),
-          'speaker-masked': Track('Who is speaking, without names?', 'persona', masked=True),
-          'voice': Track('Whose reply is it?'), 'random': Track('Which reply, among any others?', closed=False),
-          'hard': Track('Which reply, among those to similar lines?'),
-          'same-character': Track('Which reply, among others of the same character?', closed=False),
-          'own': Track('Which reply, among what the model itself would say?', closed=False, alone=True)}
+_told = ('two characters of one language with personas', 'persona')
+TRACKS = {'speaker': Track('Who is speaking?', *_told),
+          'speaker-near': Track('Who is speaking, among their like?', *_told, near=True),
+          'speaker-masked': Track('Who is speaking, without names?', *_told, masked=True),
+          'voice': Track('Whose reply is it?', 'lines that several characters answer, the same or alike'),
+          'random': Track('Which reply, among any others?', 'rows of one language', closed=False),
+          'hard': Track('Which reply, among those to similar lines?', 'lines that are alike'),
+          'same-character': Track('Which reply, among others of the same character?', 'rows of one character',
+                                  closed=False),
+          'own': Track('Which reply, among what the model itself would say?', 'rows', closed=False, alone=True)}
 
 TrackName = one_of(TRACKS, 'track')  # the type in every configuration
 

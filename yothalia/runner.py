@@ -6,7 +6,7 @@
 __all__ = ['JOBS', 'STEPS', 'MIN_DISK', 'PLAIN_ERRORS', 'Job', 'RunError', 'room', 'job_of', 'job_notebook', 'known_steps',
            'notebook_parameters', 'parameters_cell', 'parameter_table', 'refuse_unknown', 'wanted', 'Within', 'sized',
            'default_recipe', 'needs_rows', 'config_class', 'checked', 'plan', 'Kept', 'code_hash', 'planned_for',
-           'refuse_away', 'look_first', 'step_keys', 'done_mark', 'is_done', 'without_lessons', 'Interrupted',
+           'refuse_away', 'look_first', 'step_keys', 'done_mark', 'is_done', 'without_lessons', 'as_job', 'Interrupted',
            'ProgressFile', 'kernel_options', 'explained', 'run_notebook', 'run_all', 'run_step']
 
 # %% ../nbs/run/runner.ipynb #64c1528f
@@ -43,7 +43,7 @@ JOBS = {'01_data': Job('data.DataConfig', usual=True, away=True, shapes=True),
         'replies': Job('replies.RepliesConfig', usual=True),
         'holds': Job('holds.HoldsConfig'),
         **{s: Job(f'{s}.{s.title()}Config', asks=True) for s in ('validity', 'specificity', 'sweep')},
-        'leaks': Job('leaks.LeaksConfig'),
+        **{s: Job(f'{s}.{s.title()}Config') for s in ('leaks', 'public')},
         'curve': Job('sweep.SweepConfig', asks=True, notebook='sweep',
                      preset=(('factors', {}), ('train_sizes', [0, 25, 50, 100, 200, 1000])),
                      words='Adapters that learn from ever more of the rows: how many are enough?'),
@@ -276,6 +276,9 @@ def look_first(planned:dict[str,Config]):
         for p in getattr(c, 'precisions', None) or [getattr(c, 'precision', 'bf16')]: find_precision(p)
         if hasattr(c, 'precision'): find_memory(c.model, c.precision)
         if getattr(c, 'adapter', 'auto') not in ('auto', ''): find_adapter(c.adapter)
+    if 'public' in planned:
+        from yothalia.public import read_set
+        for f in planned['public'].files: read_set(f)
     runs = rooted('_runs')
     free = shutil.disk_usage(next(p for p in (runs, *runs.parents) if p.exists())).free
     if free < MIN_DISK:
@@ -337,6 +340,18 @@ def without_lessons(nb:dict # a notebook, as JSON
         if c['cell_type'] == 'code' and not _needed(c, on):
             c['metadata'] = c['metadata'] | dict(tags=[*c['metadata'].get('tags', []), 'skip-execution'])
     return nb
+
+# %% ../nbs/run/runner.ipynb #337f974b
+def as_job(nb:dict # a notebook, as JSON
+          ) -> dict: # another
+    "The notebook without its lessons: the title, what a run needs, and what is said right above that."
+    cells = without_lessons(nb)['cells']
+    out, said = cells[:1], []
+    for c in cells[1:]:
+        if c['cell_type'] == 'markdown': said = [c]
+        elif 'skip-execution' in c['metadata'].get('tags', []): said = []
+        else: out, said = [*out, *said, c | dict(outputs=[], execution_count=None)], []
+    return nb | dict(cells=out)
 
 # %% ../nbs/run/runner.ipynb #9fff24e4
 # errors that are one sentence for a person
