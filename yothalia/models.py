@@ -7,10 +7,10 @@ __all__ = ['PRECISIONS', 'PrecisionName', 'TrainedPrecision', 'ALIASES', 'API', 
            'known_precision', 'trained_precision', 'arithmetic', 'quantization_config', 'find_precision',
            'check_precision', 'is_api', 'resolve_model', 'model_name', 'parameters', 'weights_bytes', 'too_large',
            'check_memory', 'load_tokenizer', 'widen', 'held_at', 'check_held', 'load_model', 'weight_tensors',
-           'load_adapter', 'shaken', 'apart', 'plain_config', 'flash_fits', 'out_of_memory', 'switched', 'run_adapter',
-           'adapter_hash', 'run_chat_template', 'chat_said', 'without_habits', 'continued', 'next_logits', 'speak',
-           'speak_many', 'find_model', 'find_chat', 'find_adapter', 'find_memory', 'ModelsConfig', 'EMBEDDED',
-           'ModelError', 'quiet']
+           'load_adapter', 'shaken', 'apart', 'plain_config', 'flash_fits', 'out_of_memory', 'PaddedRuns',
+           'padded_runs', 'of_like_length', 'switched', 'run_adapter', 'adapter_hash', 'run_chat_template', 'chat_said',
+           'without_habits', 'continued', 'next_logits', 'speak', 'speak_many', 'find_model', 'find_chat',
+           'find_adapter', 'find_memory', 'ModelsConfig', 'EMBEDDED', 'ModelError', 'quiet']
 
 # %% ../nbs/base/models.ipynb #b3d16df2
 import functools, json, math, os, re
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Annotated
 
 # %% ../nbs/base/models.ipynb #031496e6
-import psutil
+import numpy as np, psutil
 from pydantic import AfterValidator
 from .core import *
 from .convert import *
@@ -415,6 +415,28 @@ def out_of_memory(e:BaseException) -> bool:
     import torch
     return isinstance(e, (torch.OutOfMemoryError, MemoryError)) or any(s in str(e)
         for s in ('DefaultCPUAllocator', 'out of memory'))
+
+# %% ../nbs/base/models.ipynb #1cf6818d
+@dataclass
+class PaddedRuns:
+    "Sequences side by side, each filled up with its last token."
+    at: 'torch.Tensor'   # (sequences, longest) places
+    real: 'torch.Tensor' # (sequences, longest) whether a place is its own
+    flat: 'torch.Tensor' # (tokens,) which of all of them are
+
+def padded_runs(starts, lengths, device='cpu') -> PaddedRuns: # (sequences,) each
+    "Sequences by where they begin and how long they are."
+    import torch
+    starts, lengths = np.asarray(starts), np.asarray(lengths)
+    within = np.arange(lengths.max())
+    real, at = within < lengths[:, None], starts[:, None] + np.minimum(within, lengths[:, None]-1)
+    return PaddedRuns(*(torch.as_tensor(x, device=device) for x in (at, real, np.flatnonzero(real))))
+
+def of_like_length(*lengths) -> list[np.ndarray]: # (sequences,) each, all at least 1; indices
+    "Sequences in groups: in each, no length is twice another."
+    kind = np.ceil(np.log2(np.stack(lengths, 1))).astype(int)
+    of = np.unique(kind, axis=0, return_inverse=True)[1].reshape(-1)
+    return [np.flatnonzero(of == g) for g in range(of.max()+1)]
 
 # %% ../nbs/base/models.ipynb #4fab7d7a
 def switched(model, on:bool # whether the adapter shall act

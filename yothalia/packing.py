@@ -45,11 +45,12 @@ class Packed:
     weight: torch.Tensor    # (targets,) 1, or 0 for padding
     bounds: list            # starts, as numbers
     longest: int            # tokens of the longest example
-    looped: bool = False    # whether attention went through its examples one by one
+    looped: bool = False    # whether attention went through its examples, or groups of them, one by one
+    groups: tuple|None = None # examples of like length, and what brings their tokens back into order
 
     def each(self, do) -> 'Packed':
         "The same with something done to each tensor."
-        return Packed(**{k: do(v) if torch.is_tensor(v) else v for k, v in vars(self).items()})
+        return Packed(**{k: do(v) if torch.is_tensor(v) else v for k, v in vars(self).items()} | dict(groups=None))
 
     def to(self, device) -> 'Packed':
         "The same on another device, without waiting for it."
@@ -83,6 +84,23 @@ def varlen(q, k, v, starts, longest, scale): # (1, heads, tokens, size) each
     if (n := q.shape[1]//k.shape[1]) > 1: k, v = (t.repeat_interleave(n, 1) for t in (k, v))
     return varlen_attn(q, k, v, starts, starts, longest, longest, scale=scale, window_size=(-1, 0))[None]
 
+# %% ../nbs/lora/packing.ipynb #17bdb869
+def _groups(pack:Packed, device) -> tuple: # see `Packed`
+    sizes, starts = np.diff(pack.bounds), np.array(pack.bounds[:-1])
+    groups = [padded_runs(starts[g], sizes[g], device) for g in of_like_length(sizes)]
+    return groups, torch.cat([x.at.flatten()[x.flat] for x in groups]).argsort()
+
+def _alike(q, k, v, pack:Packed, **kw): # (1, heads, tokens, size) each
+    "Causal attention within each segment, those of like length at once."
+    pack.groups = pack.groups or _groups(pack, q.device)
+    if (n := q.shape[1]//k.shape[1]) > 1: k, v = (t.repeat_interleave(n, 1) for t in (k, v))
+    q, k, v = (t[0].transpose(0, 1) for t in (q, k, v))
+    def taken(t, x): return t.index_select(0, x.at.flatten()).unflatten(0, x.at.shape).transpose(1, 2)
+    out = [scaled_dot_product_attention(*(taken(t, x) for t in (q, k, v)), is_causal=True, **kw)
+           .transpose(1, 2).flatten(0, 1).index_select(0, x.flat) for x in pack.groups[0]]
+    return torch.cat(out).index_select(0, pack.groups[1])[None]
+
+# %% ../nbs/lora/packing.ipynb #97f0c976
 def packed_attention(module, query, key, value, attention_mask=None, # (1, heads, tokens, size); no mask
                      scaling:float|None=None, dropout:float=0., **kw # pack: a Packed
                     ) -> tuple: # (1, tokens, heads, size), None
@@ -91,6 +109,7 @@ def packed_attention(module, query, key, value, attention_mask=None, # (1, heads
     if flash_fits(query) and not dropout:
         return varlen(query, key, value, pack.starts, pack.longest, scaling), None
     pack.looped = True
+    if query.is_cuda: return _alike(query, key, value, pack, scale=scaling, dropout_p=dropout), None
     return _segments(query, key, value, pack.bounds, scale=scaling, dropout_p=dropout), None
 
 AttentionInterface.register('packed', packed_attention)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Item', 'target_logprobs', 'plain_scores', 'Segment', 'Pack', 'add_item', 'SharedPrefix', 'TreeUnfit', 'Level',
-           'make_level', 'pack_levels', 'level_attention', 'in_levels', 'tree_attention', 'tree_mode', 'read_pack',
-           'shared_prefix', 'group_by_card', 'packs', 'auto_budget', 'tree_scores', 'unfit', 'road', 'score_items',
-           'road_costs']
+           'make_level', 'pack_levels', 'run_groups', 'level_attention', 'in_levels', 'tree_attention', 'tree_mode',
+           'read_pack', 'shared_prefix', 'group_by_card', 'packs', 'auto_budget', 'tree_scores', 'unfit', 'road',
+           'score_items', 'road_costs']
 
 # %% ../nbs/benchmark/scoring.ipynb #05758dbc
 import warnings
@@ -140,6 +140,7 @@ class Level:
     max_q: int
     max_k: int
     causal: bool = False
+    groups: list|None = None # of runs of like length, where no kernel takes all at once
 
 def make_level(runs, device, causal=False) -> Level: # (first query, end, first key, end) of each run
     "A level from its runs."
@@ -174,18 +175,26 @@ def pack_levels(pack:Pack, device='cpu') -> tuple[list[Level], list]:
 try: from torch.nn.attention.varlen import varlen_attn, AuxRequest
 except ImportError: varlen_attn = None # older than torch 2.11
 
+def run_groups(l:Level) -> list[tuple[PaddedRuns,PaddedRuns]]: # queries, keys
+    "The runs of a level in groups of like length."
+    cu = [x.cpu().numpy() for x in (l.cu_q, l.cu_k)]
+    groups = of_like_length(*map(np.diff, cu))
+    return [tuple(padded_runs(c[:-1][g], np.diff(c)[g], l.q.device) for c in cu) for g in groups]
+
 def level_attention(q, k, v, l:Level, scale) -> tuple: # (n, heads, width), and the log of the normalisers (heads, n)
-    "Attention of the runs of one level; a loop over the runs where there is no kernel for it."
+    "Attention of the runs of one level; group by group where there is no kernel for it."
     if varlen_attn and flash_fits(q): return varlen_attn(q, k, v, l.cu_q, l.cu_k, l.max_q, l.max_k,
                                                          return_aux=AuxRequest(lse=True),
-                                         scale=scale, window_size=(-1, 0 if l.causal else -1))
+                                                         scale=scale, window_size=(-1, 0 if l.causal else -1))
     out, lse = torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0])
-    qs, ks = l.cu_q.tolist(), l.cu_k.tolist()  # once, for a GPU is waited for each time
-    for a, b, c, d in zip(qs, qs[1:], ks, ks[1:]):
-        w = torch.einsum('qhd,khd->hqk', q[a:b], k[c:d])*(scale or q.shape[-1]**-.5)
-        if l.causal: w = w.masked_fill(torch.ones(b-a, d-c, dtype=torch.bool, device=q.device).triu(1), float('-inf'))
-        lse[:, a:b] = w.logsumexp(-1)
-        out[a:b] = torch.einsum('hqk,khd->qhd', w.softmax(-1), v[c:d])
+    l.groups = l.groups or run_groups(l)
+    for a, b in l.groups:
+        w = torch.einsum('rqhd,rkhd->rhqk', q[a.at], k[b.at])*(scale or q.shape[-1]**-.5)
+        hidden = ~b.real[:, None, None]
+        if l.causal: hidden = hidden | torch.ones(w.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        w, to = w.masked_fill_(hidden, float('-inf')), a.at.flatten()[a.flat]
+        lse[:, to] = w.logsumexp(-1).transpose(0, 1).flatten(1)[:, a.flat]
+        out[to] = torch.einsum('rhqk,rkhd->rqhd', w.softmax(-1), v[b.at]).flatten(0, 1)[a.flat]
     return out, lse
 
 # %% ../nbs/benchmark/scoring.ipynb #d5199060
@@ -215,7 +224,7 @@ def tree_attention(module, query, key, value, attention_mask=None, scaling=None,
     if more := [k for k in ('softcap', 's_aux') if kw.get(k) is not None]: # caps of its logits, sinks
         raise TreeUnfit(f'its attention has more to it ({", ".join(more)})')
     for card, s in pack.keep: card.kept[layer] = tuple(t[:, :, s.start:s.end].clone() for t in (key, value))
-    if flash_fits(query): return in_levels(query, key, value, pack, layer, scaling).transpose(1, 2), None
+    if query.is_cuda: return in_levels(query, key, value, pack, layer, scaling).transpose(1, 2), None
     out = torch.cat([_own(query, key, value, s, layer, scaling) for s in pack.segments], 2)
     return out.transpose(1, 2).contiguous(), None
 
