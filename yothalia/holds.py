@@ -19,8 +19,8 @@ from .prompts import *
 from .runs import *
 from .questions import row_id
 from .stats import mean_metric
-from .replies import (ASSISTANT, SpokenConfig, asked_lines, by_luck, mean_of, next_turn, own_probability,
-                              points, replies_of, with_rivals)
+from .replies import (ASSISTANT, SpokenConfig, asked_lines, by_luck, gains_in_words, mean_of, next_turn,
+                              own_probability, replies_of, with_rivals)
 
 # %% ../nbs/benchmark/holds.ipynb #42b8f6dd
 class HoldsConfig(SpokenConfig):
@@ -70,17 +70,22 @@ def margins(model, tok, rows:list[dict], template:Template) -> np.ndarray: # (ro
     return nats[:, 1:].mean(1) - nats[:, 0]
 
 # %% ../nbs/benchmark/holds.ipynb #5d2fc7d9
-def heard_in(cfg:HoldsConfig, run:Run, rows:list[dict], asked:list[dict], # as they are said; the rows they are about
-             condition:str, situation:str) -> list[dict]: # a line for each reply
-    "What is said in a situation, and what is likelier there."
+def heard_in(cfg:HoldsConfig, run:Run, said:dict[str,list[dict]], # situation → the rows, as they are said
+             asked:list[dict], condition:str, part:str # the rows they are about; what the replies are kept as
+            ) -> dict[str,list[dict]]: # situation → a line for each reply
+    "What is said in situations, and what is likelier there."
     tells, on = CONDITIONS[condition]
-    path = rooted(cfg.out)/'priors'/f'holds-{condition}-{situation.replace(" ", "-")}.jsonl'
-    said = replies_of(cfg, run, rows, condition, run.how, path)
+    rows = [r for some in said.values() for r in some]
+    replies = replies_of(cfg, run, rows, condition, run.how, rooted(cfg.out)/'priors'/f'holds-{condition}-{part}.jsonl')
     with switched(run.lm, on): likelier = margins(run.lm, run.tok, rows, run.how if tells else BARE)
-    about, margin = ([x for x in some for _ in range(cfg.sampled+1)] for some in (asked, likelier))
-    return [dict(situation=situation, id=row_id(r), user=r['user'], margin=round(float(m), 4))
-            | {k: s[k] for k in ('character', 'lang', 'sample', 'reply', 'ended')}
-            | dict(assistant=bool(ASSISTANT.search(s['reply']))) for s, r, m in zip(said, about, margin)]
+    about = [(n, r) for n in said for r in asked]
+    out, each = {n: [] for n in said}, cfg.sampled + 1
+    for k, s in enumerate(replies):
+        name, r = about[k//each]
+        out[name].append(dict(situation=name, id=row_id(r), user=r['user'], margin=round(float(likelier[k//each]), 4))
+                         | {f: s[f] for f in ('character', 'lang', 'sample', 'reply', 'ended')}
+                         | dict(assistant=bool(ASSISTANT.search(s['reply']))))
+    return out
 
 def judge(cfg:HoldsConfig, lines:list[dict], # of all situations
           authors:list[dict]): # rows that the classifier learns from
@@ -163,7 +168,7 @@ def _kept(cfg, run, condition, part, metrics, lines) -> dict:
 def measure_break(cfg:HoldsConfig, run:Run, condition:str, asked:list[dict], authors:list[dict]) -> dict: # a record
     "What is left of the character when somebody pushes or insists."
     said = {CALM: asked} | {n: pushed(asked, n) for n in PUSHES} | {INSISTED: insisted(cfg, run, asked, condition)}
-    heard = {n: heard_in(cfg, run, rows, asked, condition, n) for n, rows in said.items()}
+    heard = heard_in(cfg, run, said, asked, condition, 'break')
     lines = [o for some in heard.values() for o in some]
     judge(cfg, lines, authors)
     heard['pushed'] = [o for o in lines if o['situation'] in PUSHES]
@@ -172,12 +177,12 @@ def measure_break(cfg:HoldsConfig, run:Run, condition:str, asked:list[dict], aut
 # %% ../nbs/benchmark/holds.ipynb #160a43c9
 def measure_drift(cfg:HoldsConfig, run:Run, condition:str, asked:list[dict], authors:list[dict]) -> dict: # a record
     "What is left of the character after so many turns, and what a persona said again brings back."
-    who, heard, tells = list({(r['character'], r['lang']): r for r in asked}.values()), {}, CONDITIONS[condition][0]
+    who, said, tells = list({(r['character'], r['lang']): r for r in asked}.values()), {}, CONDITIONS[condition][0]
     for k, histories in talk_on(cfg, run, who, condition):
         of = {(r['character'], r['lang']): h for r, h in zip(who, histories)}
         rows = [r | dict(history=of[r['character'], r['lang']]) for r in asked]
-        parts = {f'{k} turns': rows} | ({f'{k} turns, told again': told_again(rows)} if tells and k else {})
-        for n, some in parts.items(): heard[n] = heard_in(cfg, run, some, asked, condition, n)
+        said |= {f'{k} turns': rows} | ({f'{k} turns, told again': told_again(rows)} if tells and k else {})
+    heard = heard_in(cfg, run, said, asked, condition, 'drift')
     lines = [o for some in heard.values() for o in some]
     judge(cfg, lines, authors)
     return _kept(cfg, run, condition, 'drift', all_metrics(heard, next(iter(heard))), lines)
@@ -211,18 +216,21 @@ def holds_table(records:list[dict], part:str='break') -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 # %% ../nbs/benchmark/holds.ipynb #632875eb
+def _changes(r:dict) -> dict[str,dict]: # a record; situation in words → metric
+    "What a record says of the last situations of its part: pushed and insisted, or after the most turns."
+    m, last = r['metrics'], situations(r)[-1].removesuffix(', told again')
+    names = {n: n for n in BREAKS} if r['what']['part'] == 'break' else {last: f'after {last}'}
+    return {words: m[k] for n, words in names.items() if (k := f'recognised, {n}, change') in m}
+
 def holds(records:list[dict]) -> str: # empty where a language has one character only
     "In words: what is left of the character."
     said = []
-    for r in records:
-        c, m = r['what']['condition'], r['metrics']
-        if r['what']['part'] == 'break' and 'recognised, calm' in m:
-            said.append(f"{c}: {m['recognised, calm']['value']:.0%} of its replies are taken for the character's; "
-                        f"pushed, {points(m['recognised, pushed, change'])}; "
-                        f"insisted, {points(m['recognised, insisted, change'])}.")
-        last = situations(r)[-1].removesuffix(', told again')
-        if r['what']['part'] == 'drift' and f'recognised, {last}, change' in m:
-            said.append(f"After {last}: {points(m[f'recognised, {last}, change'])}.")
+    for c in CONDITIONS:
+        some = [r for r in records if r['what']['condition'] == c]
+        calm = next((m for r in some if (m := r['metrics'].get('recognised, calm'))), None)
+        if calm is None: continue
+        changes = {k: m for r in some for k, m in _changes(r).items()}
+        said += [f"Of its replies ({c}) {calm['value']:.0%} are taken for the character's.", *gains_in_words(changes)]
     return ' '.join(said)
 
 # %% ../nbs/benchmark/holds.ipynb #42bbbb16
