@@ -587,7 +587,8 @@ def summary(self:Card, user:str='User') -> list[str]: # lines
     out = [f"{self.data['name']}, a card of version {self.version}" + (f', by {by}' if by else '')]
     out += ['', 'What the model is told:', self.persona(user, rng=rng) or '(nothing)']
     if hello := self.greetings(user, rng): out += ['', f'How it begins ({len(hello)}):', hello[0]]
-    out += ['', f'{len(self.dialogues(user))} example dialogues, {len(book)} entries of lore, {len(self.files)} files '
-                f'beside it']
+    counts = (len(self.dialogues(user)), 'example dialogue', 'example dialogues'), (len(book), 'entry of lore',
+              'entries of lore'), (len(self.files), 'file beside it', 'files beside it')
+    out += ['', ', '.join(f'{n} {one if n == 1 else many}' for n, one, many in counts)]
     out += ['', *self.odd] if self.odd else []
     return out + (['', 'For people:', notes] if notes else [])

@@ -85,7 +85,10 @@ def track_lines(counts:dict[str,int]) -> dict[str,str]: # track → in words
         d, counted = detectable(n, .3), f'{n:,} question' + 's'*(n != 1)
         if d != d: return f'{counted}; too few to find any difference'
         return f'{counted}; a difference of {d*100:.0f} points would be found 80 times in 100'
-    without = '; '.join(f'{t}, which needs {TRACKS[t].needs}' for t, n in counts.items() if not n)
+    lack = {}
+    for t, n in counts.items():
+        if not n: lack.setdefault(TRACKS[t].needs, []).append(t)
+    without = '; '.join(f'{", ".join(some)}: that needs {needs}' for needs, some in lack.items())
     return {t: say(n) for t, n in counts.items() if n} | ({'not possible': without} if without else {})
 
 # %% ../nbs/run/check.ipynb #aa32b3a4
@@ -128,12 +131,12 @@ def cost(done:dict, model:str=EMBEDDED, epochs:float=1) -> str:
     "Time and memory of a training on all training rows, in words."
     n = guess_parameters(model)
     if not n: return f'not known: neither a folder nor the name of {model} tells its size'
-    tokens = sum(guess_tokens(r['user'] + r['reply'] + ' '*24, model) + .3*guess_tokens(r['instruction'] or '', model)
+    tokens = sum(guess_tokens(r['user'] + r['reply'] + ' '*24, model) + guess_tokens(r['instruction'] or '', model)
                  for r in done['train'])
     share, device = (.05, 'GPU') if device_info()['device'] == 'cuda' else (.25, 'CPU') # that a training reaches
     seconds, need = tokens*epochs*4*n/(machine_rate()*share), n*arithmetic().itemsize/1e9 + 2
     imitates = '' if has_bf16() else ' (which has no 16-bit arithmetic: it computes in fp32)'
-    return (f'training on {len(done["train"]):,} rows, about {tokens/1e3:,.0f} thousand tokens: '
+    return (f'training on {len(done["train"]):,} rows, about {round(tokens, -2):,.0f} tokens: '
             f'{duration(seconds)} for one pass on this {device}{imitates}, {need:.1f} GB of memory')
 
 # %% ../nbs/run/check.ipynb #9cc890ed
