@@ -181,11 +181,11 @@ def train_together(folder:Path):
 if __name__ == '__main__' and Path(sys.argv[0]).stem == 'slurm': train_together(Path(sys.argv[1]))
 
 # %% ../nbs/run/slurm.ipynb #058c0467
-REFUSED = { # in what sbatch says → what helps
+REFUSED = { # in what sbatch says → what helps; the first that fits
     'gres': '--gpus 0 asks for none; `gpu_option` of the site file is how they are asked for here',
     'node configuration': '`sinfo -N -o "%n %c %m %G"` shows the nodes; `cpus`, `memory` and --gpus ask for less',
-    'partition': '`sinfo -s` lists the partitions; --partition names one',
     'account': '`sacctmgr show associations user=$USER` lists yours; --account names one',
+    'partition': '`sinfo -s` lists the partitions; --partition names one',
     'qos': '`sacctmgr show qos format=name` lists them; `qos` of the site file names one',
     'time limit': '`sinfo -o "%P %l"` shows how long a job may run; --time asks for less',
     'memory': '`memory` of the site file asks for less'}
