@@ -186,15 +186,15 @@ def level_attention(q, k, v, l:Level, scale) -> tuple: # (n, heads, width), and 
     if varlen_attn and flash_fits(q): return varlen_attn(q, k, v, l.cu_q, l.cu_k, l.max_q, l.max_k,
                                                          return_aux=AuxRequest(lse=True),
                                                          scale=scale, window_size=(-1, 0 if l.causal else -1))
-    out, lse = torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0])
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
     l.groups = l.groups or run_groups(l)
     for a, b in l.groups:
-        w = torch.einsum('rqhd,rkhd->rhqk', q[a.at], k[b.at])*(scale or q.shape[-1]**-.5)
+        w = torch.einsum('rqhd,rkhd->rhqk', q[a.at], k[b.at]).float()*(scale or q.shape[-1]**-.5)
         hidden = ~b.real[:, None, None]
         if l.causal: hidden = hidden | torch.ones(w.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
         w, to = w.masked_fill_(hidden, float('-inf')), a.at.flatten()[a.flat]
         lse[:, to] = w.logsumexp(-1).transpose(0, 1).flatten(1)[:, a.flat]
-        out[to] = torch.einsum('rhqk,rkhd->rqhd', w.softmax(-1), v[b.at]).flatten(0, 1)[a.flat]
+        out[to] = torch.einsum('rhqk,rkhd->rqhd', w.softmax(-1).to(v.dtype), v[b.at]).flatten(0, 1)[a.flat]
     return out, lse
 
 # %% ../nbs/benchmark/scoring.ipynb #d5199060
