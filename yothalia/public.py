@@ -221,7 +221,7 @@ def ask_sets(cfg:PublicConfig, run:Run|None=None) -> list[dict]: # records
 # %% ../nbs/benchmark/public.ipynb #8dfb3043
 def public_sentences(records:list[dict]) -> list[str]: # one for each file
     "What others' questions were answered, by likelihood and by label, and what needs no model."
-    out, words = [], dict(cloze='by likelihood', letter='by label', generate='in writing', rules='without a model')
+    out, words = [], dict(cloze='by likelihood', letter='by label', generate='in writing', rules='the best rule')
     for file in dict.fromkeys(r['what']['file'] for r in records):
         some = [r for r in records if r['what']['file'] == file]
         said = []
