@@ -16,14 +16,14 @@ from pathlib import Path
 import regex
 from fastcore.basics import patch
 from .core import *
-from .files import UNPACKING
+from .files import UNPACKING, DataError, decoded, yaml_as_json
 
 # %% ../nbs/data/cards.ipynb #925c60ee
 TEXTS = ('name', 'description', 'personality', 'scenario', 'first_mes', 'mes_example') # V1, all that it has
 MORE_TEXTS = ('creator_notes', 'system_prompt', 'post_history_instructions', 'creator', 'character_version') # V2
 LISTS = ('alternate_greetings', 'tags', 'group_only_greetings') # V2, V2, V3
-OTHER_SPELLINGS = dict(name='char_name', description='char_persona', scenario='world_scenario',
-                       first_mes='char_greeting', mes_example='example_dialogue') # of an older program
+OTHER_SPELLINGS = dict(name=('char_name',), description=('char_persona', 'context'), scenario=('world_scenario',),
+                       first_mes=('char_greeting', 'greeting'), mes_example=('example_dialogue',)) # of older programs
 
 class CardError(ValueError):
     "A card that cannot be read or written, with what to do."
@@ -99,6 +99,21 @@ def _checked(data:dict, name:str) -> tuple[dict, list[str]]: # the fields, and w
     return out, odd
 
 # %% ../nbs/data/cards.ipynb #3a95e0cb
+def _by_other_spellings(o:dict) -> tuple[dict, dict]: # a card's texts, and what else it holds
+    spelt = {k: next((s for s in (k, *old) if o.get(s) is not None), k) for k, old in OTHER_SPELLINGS.items()}
+    flat = {k: o.get(s) for k, s in spelt.items()} | {'personality': o.get('personality')}
+    if spelt['description'] == 'context': flat |= _with_examples(flat)
+    return flat, {k: v for k, v in o.items() if k not in spelt.values()}
+
+def _with_examples(flat:dict) -> dict: # the same fields
+    "Of text-generation-webui's `context`, what describes, and the example talk that may follow it."
+    text = str(flat['description'])
+    m = re.search(r'(?m)^(?:<START>|\{\{user\}\}:|You:)', text)
+    if not m or flat.get('mes_example'): return {}
+    talk = re.sub(r'(?m)^You:', '{{user}}:', text[m.start():])
+    return dict(description=text[:m.start()].strip(), mes_example=talk)
+
+# %% ../nbs/data/cards.ipynb #d3ae7537
 def card_of(o, # from JSON
             name:str='the card') -> Card:
     "A card from the object of any version; a `CardError` that says what is wrong with it."
@@ -108,11 +123,10 @@ def card_of(o, # from JSON
         beside = {k: v for k, v in o.items() if k not in ('data', 'spec', 'spec_version', *TEXTS)}
         data, odd = _checked(o['data'], name)
         return Card(data, beside, version, odd=odd)
-    flat = {k: o.get(k, o.get(old)) for k, old in OTHER_SPELLINGS.items()} | {'personality': o.get('personality')}
+    flat, rest = _by_other_spellings(o)
     if not any(flat[k] for k in flat if k != 'name'):
         raise CardError(f'{name} is JSON, but no character card: there is neither spec and data, nor name and '
                         'description.')
-    rest = {k: v for k, v in o.items() if k not in OTHER_SPELLINGS.values()}
     data, odd = _checked(rest | {k: v for k, v in flat.items() if v is not None}, name)
     return Card(data, {}, 1, odd=odd)
 
@@ -314,10 +328,13 @@ def card_from(b:bytes, # a file's content
     if b.startswith(b'PK') or name.lower().endswith('.charx'): return from_charx(b, name)
     if b[:3] in (b'\xff\xd8\xff', b'GIF', b'RIF'):
         raise CardError(f'{name} is a picture, but no PNG: a card is hidden in PNG only. Download the original.')
+    if name.lower().endswith(('.yaml', '.yml')):
+        try: b = yaml_as_json(name, decoded(name, b)).encode()
+        except DataError as e: raise CardError(str(e)) from None
     return card_of(parse_json(b, name), name)
 
 # %% ../nbs/data/cards.ipynb #ec13f27c
-def read_card(path:str|Path # .json, .png or .charx
+def read_card(path:str|Path # .json, .yaml, .png or .charx
              ) -> Card:
     "A card from a file."
     p = rooted(path)

@@ -143,6 +143,25 @@ def slack_chats(root:list, pause:float=0, users:dict={} # id → name
             said.append((seconds(m.get('ts')), str(who), text, n))
     return _together([said], pause, loose=loose)
 
+# %% ../nbs/data/logs.ipynb #ededecd4
+def _google(root, pause):
+    said = [(seconds(re.sub(r'^\w+, | at|\u202f', ' ', str(m.get('created_date') or ''))),
+             str((m.get('creator') or {}).get('name') or 'unnamed'), m.get('text'), n)
+            for n, m in enumerate(root['messages'], 1)]
+    return _together([said], pause)
+
+def _skype(root, pause):
+    logs, loose = [], []
+    for c in root['conversations']:
+        logs.append([])
+        for n, m in enumerate(c.get('MessageList') or (), 1):
+            if m.get('messagetype') not in ('RichText', 'Text'): loose.append((n, 'a service message'))
+            else:
+                text = html.unescape(re.sub(r'<[^>]*>', '', str(m.get('content') or '')))
+                who = m.get('displayName') or str(m.get('from') or 'unnamed').split(':')[-1]
+                logs[-1].append((seconds(str(m.get('originalarrivaltime')).replace('Z', '+00:00')), who, text, n))
+    return _together(logs, pause, loose=loose)
+
 # %% ../nbs/data/logs.ipynb #98afe690
 def _pairs(root, pause): # text-generation-webui
     pairs = next(root[k] for k in ('internal', 'data') if isinstance(root.get(k), list))
@@ -164,13 +183,21 @@ def _cai(root, pause): # Character.AI
 def _agnai(root, pause):
     hello = [dict(role='assistant', content=root['greeting'])] if root.get('greeting') else []
     turns = [dict(role='user' if m.get('userId') else 'assistant', content=m.get('msg')) for m in root['messages']]
-    return [dict(messages=turns if turns and hello and turns[0]['content'] == hello[0]['content'] else hello + turns)]
+    begun = turns and hello and turns[0]['content'] == hello[0]['content']
+    who = next((m['handle'] for m in root['messages'] if m.get('handle') and not m.get('userId')), None)
+    return [dict(messages=turns if begun else hello + turns, name=who)]
 
 def _risu(root, pause):
     return [dict(messages=[dict(role=m.get('role'), content=m.get('data')) for m in root['data']['message']])]
 
 def _kobold(root, pause):
     text = str(root.get('prompt') or '') + ''.join(a for a in root['actions'] if isinstance(a, str))
+    told = root['savedsettings'] if isinstance(root.get('savedsettings'), dict) else {}
+    you, they = str(told.get('chatname') or 'You'), str(told.get('chatopponent') or '').split('||$||')
+    said = re.split(rf'(?m)^({"|".join(map(re.escape, filter(None, (you, *they))))}):', text)
+    if told.get('opmode') == 3 and len(said) > 2: # its mode of a chat; what stands before the first name, nobody says
+        return [dict(messages=[dict(role='user' if w == you else 'assistant', content=t.strip())
+                               for w, t in zip(said[1::2], said[2::2])], name=next(filter(None, they), None))]
     return [dict(text=re.sub(r'\{\{\[(INPUT|OUTPUT)\]\}\}', lambda m: {'INPUT': '\n### Instruction:\n',
                                                                        'OUTPUT': '\n### Response:\n'}[m[1]], text))]
 
@@ -188,6 +215,8 @@ LOGS = {
                          and ('channel' in r or 'guild' in r)),
     'a Messenger or Instagram export': (_messenger, lambda r: of(r, 'messages', 'sender_name')
                                         or of(r, 'messages', 'senderName')),
+    'a Google Chat export': (_google, lambda r: of(r, 'messages', 'creator')),
+    'a Skype export': (_skype, lambda r: of(r, 'conversations', 'MessageList')),
     'a log of text-generation-webui': (_pairs, lambda r: isinstance(r.get('internal'), list)
                                        or isinstance(r.get('data'), list) and 'data_visible' in r),
     'a log of Character.AI': (_cai, lambda r: of(r.get('histories') or {}, 'histories', 'msgs')),
@@ -232,7 +261,7 @@ def tavern_chats(text:str) -> Chats|None:
 
 # %% ../nbs/data/logs.ipynb #c5ea2421
 _DATE = (r'(?:(?P<a>\d{1,4})\s*[./年년-]\s*(?P<b>\d{1,2})\s*[./月월-]\s*(?P<c>\d{1,4})[日일.]?'
-         r'|(?P<word>[A-Z][a-z]{2,8}\.? \d{1,2}, \d{4}|\d{1,2}\.? [A-Z][a-z]{2,8} \d{4}))')
+         r'|(?P<word>[A-Z][a-z]{2,8}\.? \d{1,2}, \d{4}|\d{1,2}[. -]{1,2}[A-Z][a-z]{2,8}[ -]\d{2,4}))')
 _CLOCK = (r'(?:(?P<half>오전|오후|午前|午後|上午|下午|凌晨|早上|中午|晚上)\s*)?(?P<h>\d{1,2})[:.](?P<mi>\d{2})(?:[:.]\d{2})?'
           r'(?:\s?(?P<pm>[AaPp])\.?\s?[Mm]\.?)?')
 
@@ -255,7 +284,11 @@ STAMPS = {
                                   rf'{_DATE}\s*\w*'),
     'LINE': Stamp(rf'{_CLOCK}\t(?P<who>[^\t]+)\t(?P<text>.*)', rf'{_CLOCK}\t[^\t]*',
                   rf'(?:[^\W\d]{{2,4}}\.?, )?{_DATE}\s*[(（]?[^\W\d]{{0,9}}[)）]?'),
-    'Discord': Stamp(rf'\[{_DATE},?\s+{_CLOCK}\]\s(?P<who>[^:]{{1,60}}?)(?: \(pinned\))?(?P<text>)', r'\{\w+\}')}
+    'Discord': Stamp(rf'\[{_DATE},?\s+{_CLOCK}\]\s(?P<who>[^:]{{1,60}}?)(?: \(pinned\))?(?P<text>)',
+                     r'\{\w+\}|={9,}|(?:Guild|Channel|Topic|After|Before): .*|Exported [\d,. ]+ message\(s\)'),
+    'IRC': Stamp(rf'\[?{_CLOCK}\]?\s+<[ @+%&~]?(?P<who>[^<>\s]+)>\s(?P<text>.*)',
+                 rf'\[?{_CLOCK}\]?\s+(?:-!-|\*).*|---.*'),
+    'WeeChat': Stamp(rf'{_DATE} {_CLOCK}\t[@+%&~]?(?P<who>[^\W\d][^\t]*)\t(?P<text>.*)', rf'{_DATE} {_CLOCK}\t.*')}
 
 _UNSEEN = str.maketrans({**dict.fromkeys(map(ord, '\u200e\u200f\u202a\u202b\u202c\u202d\u202e\ufeff')), 0x202f: ' ',
                          0xa0: ' '})
@@ -341,7 +374,8 @@ TURN_COLUMNS = dict(
     scene=('conversation_id', 'dialog_id', 'dialogue_id', 'conversation', 'chat_id', 'session_id', 'thread', 'channel',
            'room_name', 'scene', 'episode', 'episode_id', 'play'),
     when=('timestamp', 'createtime', 'created_at', 'strtime', 'datetime', 'date', 'time', 'ts'),
-    kind=('type_name', 'type'), mine=('is_sender', 'issender'))
+    kind=('type_name', 'type'), mine=('is_sender', 'issender'),
+    id=('message_id',), parent=('parent_id',), rank=('rank',))
 _TEXT_KINDS = {'文本', 'text', '1', 'message', 'default', 'reply', 'generic', 'chat', ''}
 
 def turn_columns(columns) -> dict[str,str]: # what → column; empty where rows are no turns
@@ -382,10 +416,23 @@ def _named(rows:list) -> list[str]:
     return ['me' if str(m['mine']).lower() in ('1', 'true') else n for n, (_, m) in zip(names, rows)]
 
 # %% ../nbs/data/logs.ipynb #37c44a3c
+def _branches(rows:list) -> list: # the same pairs, those that stand on one; each root is a scene
+    "Of messages that answer one another, the best answer to each, from every root on."
+    known, below, out = {str(m['id']) for _, m in rows}, {}, []
+    for i, m in rows: below.setdefault(up if (up := str(m['parent'])) in known else '', []).append((i, m))
+    for root in below.pop('', ()):
+        at = root
+        while at:
+            out.append((at[0], at[1] | dict(scene=root[1]['id'])))
+            at = min(below.pop(str(at[1]['id']), ()), default=None,
+                     key=lambda p: (p[1].get('rank') in (None, ''), float(p[1].get('rank') or 0)))
+    return out
+
 def turn_rows(items, found:dict, # (line, row) pairs, and what `turn_columns` found
               pause:float=0) -> Chats|list[dict]:
     "The scenes, or conversations, of a table with a turn a row."
     rows, loose = _messages(items, found)
+    if {'id', 'parent'} <= found.keys(): rows = _branches(rows)
     names, logs = _named(rows), {}
     times = _times([m.get('when') for _, m in rows]) if 'when' in found else [None]*len(rows)
     for (i, m), who, t in zip(rows, names, times):

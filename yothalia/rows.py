@@ -54,7 +54,7 @@ class Reading:
 def looks_like_card(b:bytes) -> bool:
     "Whether JSON is one character card rather than rows."
     return b.lstrip(b'\xef\xbb\xbf \t\r\n')[:1] == b'{' and bool(
-        re.search(rb'"(spec"\s*:\s*"chara_card_v|first_mes"|char_persona")', b[:2**20]))
+        re.search(rb'"(spec"\s*:\s*"chara_card_v|first_mes"|char_persona"|greeting":.*"context")', b[:2**20]))
 
 def _card_items(name:str, b:bytes):
     "Yield (number, dict) for each example dialogue of a character card."
@@ -124,6 +124,7 @@ def text_chats(name:str, text:str, pause:float=0) -> Chats:
     text = re.sub(r'[^\S\n]{41,}', ' '*40, text) # what is looked for takes longer with each blank, and longer again
     lines = text.splitlines()
     if is_subtitles(text): got, kind = subtitle_chats(name, text), 'subtitles'
+    elif name.lower().endswith('.rpy'): got, kind = renpy_chats(text), "a script of Ren'Py"
     elif kind := stamp_of(lines): got, kind = stamped_chats(lines, kind, pause*3600), f'a log of {kind}'
     elif name.lower().endswith('.fountain') or re.search(r'(?m)^(INT|EXT)[./ ]', text):
         got, kind = script_chats(fountain_text(text)), 'a screenplay'
@@ -141,8 +142,11 @@ def read_items(name:str, b:bytes, # a file's name and content
     "Yield (line, item) for all that a file of any known format holds."
     suffix = Path(name).suffix.lower()
     if suffix not in SUFFIXES:
-        raise DataError(f'{name} ends in {suffix!r}: known are {", ".join(SUFFIXES)}, and any of them as .gz or .zip.')
+        raise DataError(f'{name} ends in {suffix!r}: ' + (f'{INSTEAD[suffix]}.' if suffix in INSTEAD else
+                        f'known are {", ".join(SUFFIXES)}, and any of them as .gz or .zip.'))
     if suffix == '.parquet': return parquet_items(name, b)
+    if suffix in ('.yaml', '.yml'):
+        b, suffix, encoding = yaml_as_json(name, decoded(name, b, encoding)).encode(), '.json', 'utf-8'
     if suffix in ('.png', '.charx') or (suffix == '.json' and looks_like_card(b)): return _card_items(name, b)
     text = decoded(name, b, encoding)
     if suffix in ('.csv', '.tsv'): return table_items(name, text)

@@ -104,18 +104,20 @@ SPELLINGS = dict(
     reply=('reply', 'assisstant', 'assistant', 'output', 'response', 'answer', 'completion', 'bot', 'target', 'gpt'),
     lang=('lang', 'language'), source=('source',), scene=('scene', 'conversation_id'))
 ROLES = {'human': 'user', 'gpt': 'assistant', 'model': 'assistant',
-         'bot': 'assistant', 'char': 'assistant', 'chatgpt': 'assistant', 'ai': 'assistant',
+         'bot': 'assistant', 'char': 'assistant', 'chatgpt': 'assistant', 'ai': 'assistant', 'prompter': 'user',
          'developer': 'system', 'user': 'user', 'assistant': 'assistant', 'system': 'system', 'function': 'tool',
          'tool': 'tool', 'observation': 'tool', 'ipython': 'tool', 'function_call': 'call', 'tool_call': 'call',
          'tool_response': 'tool'}
 _WHO = ('from', 'role', 'speaker', 'sender', 'author', 'character', 'name', 'sender_name')
-_WHAT = ('value', 'content', 'text', 'message', 'mes', 'utterance', 'data', 'body')
+_WHAT = ('value', 'content', 'text', 'message', 'mes', 'utterance', 'data', 'body', 'parts')
 
 # %% ../nbs/data/shapes.ipynb #d150734a
 def flat(o:dict, # an item
          names:dict=SPELLINGS) -> dict:
-    "Map the known spellings of columns onto the fields."
-    return {f: next((o[s] for s in spelt if o.get(s) is not None), None) for f, spelt in names.items()}
+    "Map the known spellings of columns onto the fields; a number that names something is its name."
+    found = {f: next((o[s] for s in spelt if o.get(s) is not None), None) for f, spelt in names.items()}
+    return {f: str(v) if f in ('character', 'lang', 'source', 'scene') and isinstance(v, (int, float)) else v
+            for f, v in found.items()}
 
 def plain(v):
     "The text of a turn that may come in parts; what else it is, stays as it is."
@@ -184,18 +186,21 @@ def _named_turns(said:list[Turn], who:str) -> bool:
     roles = {t.role for t in said}
     return bool(roles - set(ROLES.values())) and not roles & {'user', 'assistant'}
 
-def _turn_list(turns) -> list|str: # or why it is none
-    "A list of turns, also from a cell of a csv file."
+def _turn_list(turns, speakers=None) -> list|str: # or why it is none
+    "A list of turns, also from a cell of a csv file; of bare texts, who speaks them, or by turns."
     if isinstance(turns, str):
         try: turns = json.loads(turns)
         except (ValueError, RecursionError) as e: return f'its conversation is not JSON: {e}'
-    return turns if isinstance(turns, list) else 'its conversation is not a list'
+    if not isinstance(turns, list): return 'its conversation is not a list'
+    if not turns or not all(isinstance(t, str) for t in turns): return turns
+    who = speakers if isinstance(speakers, list) and len(speakers) == len(turns) else ('user', 'assistant')*len(turns)
+    return [dict(speaker=w, text=t) for w, t in zip(who, turns)]
 
 # %% ../nbs/data/shapes.ipynb #c81b5e32
 def conversation(o:dict, turns, # an item, and its list of turns
                  scene:str) -> list: # rows, reasons, and `Chats`
     "Rows of a list of turns."
-    base, turns = flat(o), _turn_list(turns)
+    base, turns = flat(o), _turn_list(turns, o.get('speakers'))
     if isinstance(turns, str): return [turns]
     who = base['character'] if isinstance(base['character'], str) else ''
     said, reasons = [], []
@@ -298,7 +303,6 @@ def table_row(o:dict, scene:str, names:dict) -> list:
     "One row of a table."
     if mark := marked_bad(o): return [f'a reply marked bad ({mark}): not learned']
     row = flat(o, names)
-    if row['character'] is not None and not isinstance(row['character'], str): row['character'] = str(row['character'])
     before = history_of(o.get('history'))
     if isinstance(before, str): return [before]
     return [row | dict(user=plain(row['user']), reply=plain(row['reply']), history=before)]
@@ -360,7 +364,7 @@ class Shape:
     name: str
     keys: tuple      # all of them; alternatives of one divided by |
     read: Callable   # (item, scene, names of columns) → rows or reasons
-    turn: tuple = () # keys of the first turn of its conversation
+    turn: tuple = () # keys of the first turn of its conversation; '' where that is bare text
 
     def missing(self, o) -> list[str]: return [k for k in self.keys
                                                if not any(o.get(a) is not None for a in k.split('|'))]
@@ -370,17 +374,29 @@ class Shape:
         if self.missing(o): return False
         turns = next((o[k] for k in self.keys[0].split('|') if o.get(k) is not None), None)
         first = turns[0] if isinstance(turns, list) and turns else None
+        if self.turn == ('',): return isinstance(first, str)
         return not self.turn or isinstance(first, dict) and all(any(a in first for a in k.split('|'))
                                                                 for k in self.turn)
 
 # %% ../nbs/data/shapes.ipynb #5d46f8fc
-TALK = 'messages|conversations|conversation|dialogue|dialogues|dialog|chat|chat_messages|turns'
+TALK = 'messages|conversations|conversation|dialogue|dialogues|dialog|chat|chat_messages|turns|contents'
 
 def _talk(o, scene, names):
     more = o['session_meta'] if isinstance(o.get('session_meta'), dict) else {}
+    if isinstance(told := _first(o, 'systeminstruction', 'system_instruction'), dict):
+        more = more | dict(system=plain(told.get('parts')))
     return conversation(o | more, next(o[k] for k in TALK.split('|') if o.get(k) is not None), scene)
 
 def _titled(o, scene, names): return conversation({}, o['chat_messages'], scene) # its name is a title
+def _by_turns(o, scene, names): return conversation(o, o['data'], scene)
+
+def _best_branch(o, scene, names):
+    "The best answer to each prompt of an OpenAssistant tree, and so on."
+    node, turns = o['prompt'], []
+    while node:
+        turns.append(node)
+        node = min(node.get('replies') or [], key=lambda r: (r.get('rank') is None, r.get('rank') or 0), default=None)
+    return conversation(o, turns, scene)
 
 def _asked(o, scene, names):
     "A prompt and its completion: what is asked is context, the completion is learned."
@@ -401,12 +417,14 @@ SHAPES = (
     Shape('OpenAI messages', (TALK,), _talk, ('role', 'content')),
     Shape('PIPPA conversations', (TALK, 'bot_name'), _talk, ('is_human',)),
     Shape('conversations', (TALK,), _talk),
+    Shape('an OpenAssistant tree', ('message_tree_id',), _best_branch),
     Shape('a ChatGPT export', ('mapping', 'current_node'), _tree),
     Shape('axolotl segments', ('segments',), _segments),
     Shape('RoleBench', ('role', 'question', 'generated'), _rolebench),
     Shape('CharacterEval', ('role', 'context'), _charactereval),
     Shape('ChatHaruhi', ('context', 'target'), _haruhi),
     Shape('prompt and completion', ('prompt', 'completion'), _asked),
+    Shape('lines by turns', ('data',), _by_turns, ('',)),
     Shape('a rendered chat', ('text',), _text))
 ROW = Shape('a table of lines and replies', ('user', 'reply'), table_row)
 ALPACA = Shape('Alpaca instructions', ('instruction', 'output'), alpaca_row)
