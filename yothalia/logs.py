@@ -232,6 +232,7 @@ def json_chats(root, pause:float=0) -> tuple[str, Chats|list[dict]]:
     if isinstance(root, list) and of(root, '', 'ts', 'text') and of(root, '',
                                                                     'type'): return 'a Slack export', slack_chats(
         [m for m in root if isinstance(m, dict)], pause)
+    if isinstance(root, list) and of(root, '', 'is_bot', 'message'): return 'a chat of bots', [dict(messages=root)]
     if not isinstance(root, dict): return '', []
     for name, (read, fits) in LOGS.items():
         try:

@@ -73,15 +73,24 @@ def _by_columns(root:dict) -> list|None:
     if shape_of(as_item(root)) is not ROW or not all(isinstance(v, list) for v in values): return None
     return [dict(zip(root, row)) for row in zip(*values)]
 
+def _by_character(root:dict) -> list|None:
+    "The rows of a file that keeps them by the name of the character; None if it is none."
+    if not all(isinstance(v, list) and v and isinstance(v[0], dict) for v in root.values()): return None
+    rows = [dict(character=who) | as_item(o) for who, v in root.items() for o in v if isinstance(o, dict)]
+    return rows if rows and all(shape_of(o) for o in rows) else None
+
 def _listed(root) -> list|None:
     "The list of objects in a JSON file; None if there is none."
     if isinstance(root, list) or not isinstance(root, dict): return root if isinstance(root, list) else None
     low = as_item(root)
-    found = next((low[k] for k in ('data', 'rows', 'train', 'items', 'examples') if isinstance(low.get(k), list)), None)
+    inside = [low[k] for k in ('data', 'rows', 'train', 'items', 'examples') if isinstance(low.get(k), (list, dict))]
+    found = next((_listed(v) for v in inside), None)
     if found is not None or (found := _by_columns(root)): return found
+    if of_each := _by_character(root): return of_each
     if shape_of(low): return [root]
-    inner = [as_item(v) for v in root.values()]
-    return list(root.values()) if inner and all(isinstance(v, dict) and shape_of(v) for v in inner) else None
+    inner = list(map(as_item, root.values()))
+    fits = bool(inner) and all(isinstance(v, dict) and shape_of(v) for v in inner)
+    return list(root.values()) if fits else None
 
 # %% ../nbs/data/rows.ipynb #300c9303
 def _json_items(name:str, text:str, pause:float):
@@ -153,6 +162,7 @@ def read_items(name:str, b:bytes, # a file's name and content
     if suffix == '.json': return _json_items(name, text, pause)
     if suffix in ('.jsonl', '.ndjson'): return _line_items(text)
     if _is_table(name, text): return table_items(name + '.tsv', text)
+    if turns_in(text)[0] not in ('', 'a transcript'): return iter([(1, dict(text=text))])
     return iter([(0, text_chats(name, text, pause))])
 
 # %% ../nbs/data/rows.ipynb #f656a17a

@@ -18,10 +18,13 @@ _NAME = r"[^\W\d_][^:：「『\"“”\[\]()（）!?！？,，。;；.]{0,40}?"
 _CAPS = (r"(?:[A-Z\u00c0-\u00de][A-Z\u00c0-\u00de0-9'’&#-]*)(?:[ "
          r".]+(?:[A-Z\u00c0-\u00de0-9'’&#-]+|[oO]f|the|and|[Dd]e|von))*")
 _ASIDE = r"(?:\s*[(\[（【][^)\]）】]*[)\]）】])"
+_TIME = r'(?:\d{1,2}:)?\d{1,2}:\d{2}'
 MANNERS = {
     'a name and a colon': rf'[\s*_>-]*(?:[\[(]?\d{{1,2}}:\d{{2}}(?::\d{{2}})?[\])]?\s*)?(?P<who>{_NAME})[\s*_]*'
-                          rf'{_ASIDE}?\s*[:：](?!//)[\s*_]*(?P<said>.*)',
+                          rf'{_ASIDE}?\s*[:：](?!//|\d\d\s*$)[\s*_]*(?P<said>.*)',
     'a name in angles': r'[\s*_-]*(?:[\[(]?\d{1,2}:\d{2}(?::\d{2})?[\])]?\s*)?<(?P<who>[^<>\n/]{1,40})>\s+(?P<said>.+)',
+    'a name and a dash': rf'\s*(?P<who>{_NAME})\s+[–—]\s+(?P<said>\S.*)',
+    'a name beside a time': rf'(?=.*\d:\d\d)(?:\[?{_TIME}\]?\s+)?(?P<who>{_NAME})(?:\s+[(\[]?{_TIME}[)\]]?)?(?P<said>)',
     'a name before a bracket': rf'[\s*_>-]*(?P<who>{_NAME})\s*(?P<said>[「『].+)',
     'a name and a full stop': rf'\s*_?(?P<who>{_CAPS})_?{_ASIDE}?\.(?:[—–-]+)?_?(?P<said>(?:\s.*)?)',
     'a name in small letters and a full stop': r"\s*_?(?P<who>[A-Z][\w’']+(?: [A-Z][\w’']+)?)_?\.\s+(?P<said>\S.*)",

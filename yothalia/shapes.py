@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['FIELDS', 'MAX_FIELD', 'MARKS', 'MAX_TURNS', 'CONTEXT', 'SPELLINGS', 'ROLES', 'RENDERED', 'TALK', 'SHAPES', 'ROW',
-           'ALPACA', 'unfit_text', 'bad', 'marked_bad', 'Turn', 'merged', 'exchanges', 'flat', 'plain', 'turns_of',
-           'Chats', 'conversation', 'turns_in', 'pair', 'is_alpaca', 'history_of', 'table_row', 'alpaca_row', 'Shape',
-           'shape_of', 'expand', 'check_columns', 'renamed']
+           'ALPACA', 'unfit_text', 'bad', 'marked_bad', 'Turn', 'merged', 'exchanges', 'flat', 'plain', 'spoken',
+           'is_spoken', 'turns_of', 'Chats', 'conversation', 'turns_in', 'pair', 'is_alpaca', 'history_of', 'table_row',
+           'alpaca_row', 'Shape', 'shape_of', 'expand', 'check_columns', 'renamed']
 
 # %% ../nbs/data/shapes.ipynb #ac8f7407
-import json, re
+import ast, json, re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from .core import *
@@ -100,8 +100,10 @@ SPELLINGS = dict(
     character=('character', 'char', 'char_name', 'role_name', 'bot_name', 'character_name', 'name'),
     instruction=('persona', 'system', 'system_prompt', 'instruction', 'bot_info', 'bot_description',
                  'character_profile'),
-    user=('user', 'question', 'query', 'input', 'prompt', 'line', 'human', 'instruction_text'),
-    reply=('reply', 'assisstant', 'assistant', 'output', 'response', 'answer', 'completion', 'bot', 'target', 'gpt'),
+    user=('user', 'question', 'query', 'input', 'prompt', 'line', 'human', 'instruction_text',
+          'user_message', 'user message', 'human_message'),
+    reply=('reply', 'assisstant', 'assistant', 'output', 'response', 'answer', 'completion', 'bot', 'target', 'gpt',
+           'bot_response', 'bot response', 'assistant_message', 'ai_response', 'model_output'),
     lang=('lang', 'language'), source=('source',), scene=('scene', 'conversation_id'))
 ROLES = {'human': 'user', 'gpt': 'assistant', 'model': 'assistant',
          'bot': 'assistant', 'char': 'assistant', 'chatgpt': 'assistant', 'ai': 'assistant', 'prompter': 'user',
@@ -112,41 +114,60 @@ _WHO = ('from', 'role', 'speaker', 'sender', 'author', 'character', 'name', 'sen
 _WHAT = ('value', 'content', 'text', 'message', 'mes', 'utterance', 'data', 'body', 'parts')
 
 # %% ../nbs/data/shapes.ipynb #d150734a
+def _named(v):
+    if isinstance(v, dict): return next((str(n) for k, n in v.items() if 'name' in str(k).lower()), None)
+    return str(v) if isinstance(v, (int, float)) else v
+
 def flat(o:dict, # an item
          names:dict=SPELLINGS) -> dict:
     "Map the known spellings of columns onto the fields; a number that names something is its name."
     found = {f: next((o[s] for s in spelt if o.get(s) is not None), None) for f, spelt in names.items()}
-    return {f: str(v) if f in ('character', 'lang', 'source', 'scene') and isinstance(v, (int, float)) else v
-            for f, v in found.items()}
+    return found | {f: _named(found.get(f)) for f in ('character', 'lang', 'source', 'scene') if f in found}
 
 def plain(v):
     "The text of a turn that may come in parts; what else it is, stays as it is."
     if not isinstance(v, list): return v
-    def text(p): return p if isinstance(p, str) else next((p[k] for k in ('text', 'value')
-                                                           if isinstance(p.get(k), str)),
-                                                          '') if isinstance(p, dict) else ''
+    def text(p):
+        if isinstance(p, dict): return text(next((p[k] for k in ('text', 'value') if p.get(k)), ''))
+        return p if isinstance(p, str) else ''
     return ''.join(map(text, v))
+
+def spoken(text) -> list[tuple[str,str]]: # (speaker, text)
+    "The turns of a talk in one text, a line each."
+    return re.findall(r'^\s*([^\n:：]{1,40})[:：]\s*(.+?)\s*$', text if isinstance(text, str) else '', re.M)
+
+def is_spoken(text) -> bool:
+    "Whether nearly every line of a text begins with the name of one of several speakers who take turns."
+    said, lines = spoken(text), sum(map(bool, map(str.strip, str(text)[:10*MAX_FIELD].split('\n'))))
+    return len({w for w, _ in said}) > 1 and len(said) > .7*lines
 
 # %% ../nbs/data/shapes.ipynb #f7267b29
 def _speaker(t:dict, who:str) -> str: # 'user', 'assistant', 'system', 'tool', 'call', or what else it was called
     "Who speaks in a turn; `who` is the character's name, if the item tells one."
-    for k in ('is_human', 'is_user', 'userid'):
+    for k in ('is_human', 'is_user', 'iscreatedbyuser', 'userid'):
         if k in t: return 'user' if t[k] else 'assistant'
+    if 'is_bot' in t: return 'assistant' if t['is_bot'] else 'user'
     said = next((str(t[k]) for k in _WHO if t.get(k)), '')
     if not said and str(t.get('type')).lower() in ROLES: said = str(t['type'])
     if who and said.casefold() == who.casefold(): return 'assistant'
     return ROLES.get(said.lower(), said)
+
+def _chosen_version(t:dict) -> dict: # of LM Studio, which keeps every answer it gave
+    v = t['versions'][t.get('currentlyselected') or 0]
+    parts = [p for s in v.get('steps') or () if isinstance(s, dict) for p in s.get('content') or ()]
+    return v | dict(content=parts) if parts else v
 
 def turns_of(o, who:str='') -> list[Turn]|str: # the turns of one object, or the reason why there is none
     "What is said in one object of a conversation."
     if isinstance(o, (list, tuple)) and len(o) == 2: return [Turn('user', o[0]), Turn('assistant', o[1])]
     if not isinstance(o, dict): return f'a turn that is a {type(o).__name__}, not an object'
     t = {str(k).lower(): v for k, v in o.items()}
+    if isinstance(t.get('versions'), list): t = _chosen_version(t)
     mark = marked_bad(t)
-    for a, b in (('input', 'output'), ('human', 'assistant'), ('query', 'response'), ('user', 'assistant')):
-        if a in t and b in t:
-            system = [Turn('system', t['system'])] if t.get('system') else []
-            return [*system, Turn('user', plain(t[a])), Turn('assistant', plain(t[b]), 0, mark)]
+    a, b = (next((k for k in SPELLINGS[f] if k in t), None) for f in ('user', 'reply'))
+    if a and b and not {'role', 'from', 'speaker'} & t.keys():
+        system = [Turn('system', t['system'])] if t.get('system') else []
+        return [*system, Turn('user', plain(t[a])), Turn('assistant', plain(t[b]), 0, mark)]
     return [Turn(_speaker(t, who), plain(next((t[k] for k in _WHAT if t.get(k) is not None), None)), 0, mark)]
 
 # %% ../nbs/data/shapes.ipynb #a7e39d48
@@ -186,11 +207,19 @@ def _named_turns(said:list[Turn], who:str) -> bool:
     roles = {t.role for t in said}
     return bool(roles - set(ROLES.values())) and not roles & {'user', 'assistant'}
 
+def _from_cell(text:str):
+    "What a cell of a table holds: JSON, a list as Python prints it, or lines that begin with names."
+    for read in (json.loads, ast.literal_eval):
+        try: return read(text[:10*MAX_FIELD])
+        except (ValueError, SyntaxError, RecursionError, MemoryError): pass
+    return [dict(speaker=w, text=t) for w, t in spoken(text)] or text
+
 def _turn_list(turns, speakers=None) -> list|str: # or why it is none
     "A list of turns, also from a cell of a csv file; of bare texts, who speaks them, or by turns."
-    if isinstance(turns, str):
-        try: turns = json.loads(turns)
-        except (ValueError, RecursionError) as e: return f'its conversation is not JSON: {e}'
+    if isinstance(turns, str): turns = _from_cell(turns)
+    if isinstance(turns, dict): # of Open WebUI, or Backyard
+        turns = next((v for v in (turns.get('messages'), *turns.values())
+                      if isinstance(v, list) and v and isinstance(v[0], dict)), turns)
     if not isinstance(turns, list): return 'its conversation is not a list'
     if not turns or not all(isinstance(t, str) for t in turns): return turns
     who = speakers if isinstance(speakers, list) and len(speakers) == len(turns) else ('user', 'assistant')*len(turns)
@@ -216,18 +245,24 @@ def conversation(o:dict, turns, # an item, and its list of turns
     return [*reasons, *why, *(r for _, r in exchanges(kept, base, base['scene'] or scene))]
 
 # %% ../nbs/data/shapes.ipynb #a8d9abac
-_END = (r'<\|(?:im_end|end|eot_id|endoftext|end_of_text|begin_of_text|return|user_end|assistant_end)\|>'
+_END = (r'<\|(?:im_end|end|eot_id|eot|endoftext|end_of_text|begin_of_text|return|user_end|assistant_end)\|>'
+        r'|<｜(?:begin|end)▁of▁sentence｜>|<BOS_TOKEN>|<\|(?:START|END)_OF_TURN_TOKEN\|>'
         r'|<end_of_turn>|</?s>|<eos>|<bos>')
 _NAMES = r'system|user|assistant|human|gpt|bot|model|instruction|input|response|问|答|用户|助手|指令|输入|回答'
 RENDERED = {
     'ChatML': r'<\|im_start\|>\s*(\w+)[^\S\n]*\n?',
             'Llama 3': r'<\|start_header_id\|>\s*(\w+)\s*<\|end_header_id\|>\s*',
     'Gemma': r'<start_of_turn>\s*(\w+)[^\S\n]*\n?',
-            'marks as of Phi, Zephyr, or GLM': r'<\|(system|user|assistant|observation)\|>\s*',
+            'Llama 4': r'<\|header_start\|>\s*(\w+)\s*<\|header_end\|>\s*',
+    'Harmony': r'<\|start\|>\s*(\w+)(?:<\|channel\|>final)?<\|message\|>',
+    'DeepSeek': r'<｜(User|Assistant)｜>', 'Command R': r'<\|(USER|CHATBOT|SYSTEM)_TOKEN\|>',
+    'Vicuna': r'(?:^|\s|</s>)(?-i:(USER|ASSISTANT)):\s*',
+    'marks as of Phi, Zephyr, or GLM': r'<\|(system|user|assistant|observation)\|>\s*',
     'Llama 2': r'(\[/?INST\])', 'Alpaca': rf'(?:^|\n)#{{2,3}}\s*({_NAMES})\s*[:：]?\s*\n?',
     'a transcript': rf'(?:^|\n)\s*(?:\*\*)?({_NAMES})(?:\*\*)?\s*[:：]\s*'}
 _RENDERED_ROLES = ROLES | {'[inst]': 'user', '[/inst]': 'assistant', 'instruction': 'user', 'input': 'user',
-                           'response': 'assistant', '用户': 'user', '问': 'user', '指令': 'user', '输入': 'user',
+                           'response': 'assistant', 'chatbot': 'assistant',
+                           '用户': 'user', '问': 'user', '指令': 'user', '输入': 'user',
                            '助手': 'assistant', '答': 'assistant', '回答': 'assistant', 'observation': 'tool'}
 
 # %% ../nbs/data/shapes.ipynb #50f358f5
@@ -320,17 +355,13 @@ def _rolebench(o, scene, names):
     said = o['generated'] if isinstance(o['generated'], list) else [o['generated']]
     return [table_row(dict(character=o['role'], question=o['question'], reply=s), scene, SPELLINGS)[0] for s in said]
 
-def _spoken(text) -> list[tuple[str,str]]: # (speaker, text)
-    "The turns of a talk in one text, a line each."
-    return re.findall(r'^\s*([^\n:：]{1,40})[:：]\s*(.+?)\s*$', text if isinstance(text, str) else '', re.M)
-
 def _charactereval(o, scene, names):
     who = str(o['role'])
-    return conversation(dict(character=who), [dict(speaker=s, text=t) for s, t in _spoken(o['context'])], scene)
+    return conversation(dict(character=who), [dict(speaker=s, text=t) for s, t in spoken(o['context'])], scene)
 
 def _haruhi(o, scene, names):
-    said, (_, reply) = _spoken(o['context']), (_spoken(o['target']) or [('', o['target'])])[-1]
-    name = (_spoken(o['target']) or [(None, '')])[-1][0]
+    said, (_, reply) = spoken(o['context']), (spoken(o['target']) or [('', o['target'])])[-1]
+    name = (spoken(o['target']) or [(None, '')])[-1][0]
     ask = said[-1][1] if said else str(o['context']).strip().split('\n')[-1]
     bare = lambda t: t.strip().strip('「」') if isinstance(t, str) else t
     return table_row(dict(character=name, user=bare(ask), reply=bare(reply)), scene, SPELLINGS)
@@ -355,7 +386,11 @@ def _tree(o, scene, names):
     return conversation({}, turns[::-1], str(o.get('title') or scene))
 
 def _text(o, scene, names):
-    return conversation(flat(o) | o, [dict(role=t.role, content=t.text) for t in turns_in(o['text'])[1]], scene)
+    turns = [dict(role=t.role, content=t.text) for t in turns_in(o['text'])[1]]
+    return conversation(flat(o) | o, turns or [dict(speaker=w, text=t) for w, t in spoken(o['text'])], scene)
+
+def _arena(o, scene, names):
+    return conversation(o, o['conversation_b' if o['winner'] == 'model_b' else 'conversation_a'], scene)
 
 # %% ../nbs/data/shapes.ipynb #a68fb723
 @dataclass(frozen=True)
@@ -379,7 +414,7 @@ class Shape:
                                                                 for k in self.turn)
 
 # %% ../nbs/data/shapes.ipynb #5d46f8fc
-TALK = 'messages|conversations|conversation|dialogue|dialogues|dialog|chat|chat_messages|turns|contents'
+TALK = 'messages|conversations|conversation|dialogue|dialogues|dialog|chat|chat_messages|chatmessages|turns|contents'
 
 def _talk(o, scene, names):
     more = o['session_meta'] if isinstance(o.get('session_meta'), dict) else {}
@@ -418,6 +453,7 @@ SHAPES = (
     Shape('PIPPA conversations', (TALK, 'bot_name'), _talk, ('is_human',)),
     Shape('conversations', (TALK,), _talk),
     Shape('an OpenAssistant tree', ('message_tree_id',), _best_branch),
+    Shape('a Chatbot Arena vote', ('conversation_a', 'conversation_b', 'winner'), _arena),
     Shape('a ChatGPT export', ('mapping', 'current_node'), _tree),
     Shape('axolotl segments', ('segments',), _segments),
     Shape('RoleBench', ('role', 'question', 'generated'), _rolebench),
@@ -433,7 +469,8 @@ ALPACA = Shape('Alpaca instructions', ('instruction', 'output'), alpaca_row)
 def shape_of(o:dict, names:dict=SPELLINGS) -> Shape|None:
     "The shape of an item; None if nothing fits."
     if names is not SPELLINGS: return ROW
-    found = next((s for s in SHAPES if s.fits(o) and (s.read is not _text or turns_in(o['text'])[0])), None)
+    def talks(s): return s.read is not _text or turns_in(o['text'])[0] or is_spoken(o['text'])
+    found = next((s for s in SHAPES if s.fits(o) and talks(s)), None)
     if found: return found
     if is_alpaca(o): return ALPACA
     return ROW if all(any(k in o for k in names[f]) for f in ('user', 'reply')) else None
