@@ -164,8 +164,9 @@ def turns_of(o, who:str='') -> list[Turn]|str: # the turns of one object, or the
     t = {str(k).lower(): v for k, v in o.items()}
     if isinstance(t.get('versions'), list): t = _chosen_version(t)
     mark = marked_bad(t)
-    a, b = (next((k for k in SPELLINGS[f] if k in t), None) for f in ('user', 'reply'))
-    if a and b and not {'role', 'from', 'speaker'} & t.keys():
+    named = 'role' in t or 'from' in t or 'speaker' in t
+    a, b = (None, None) if named else (next((k for k in SPELLINGS[f] if k in t), None) for f in ('user', 'reply'))
+    if a and b:
         system = [Turn('system', t['system'])] if t.get('system') else []
         return [*system, Turn('user', plain(t[a])), Turn('assistant', plain(t[b]), 0, mark)]
     return [Turn(_speaker(t, who), plain(next((t[k] for k in _WHAT if t.get(k) is not None), None)), 0, mark)]
