@@ -8,8 +8,8 @@ __all__ = ['SECRET', 'TRIED', 'is_checkout', 'project_root', 'rooted', 'package_
            'parameters_in', 'configure', 'CoreConfig', 'seed_everything', 'atomic', 'uncollected', 'write_jsonl',
            'read_jsonl', 'content_hash', 'file_sha256', 'seal', 'sealed', 'code_hash', 'cores', 'used_by_others',
            'share_the_machine', 'has_bf16', 'device_info', 'world', 'stop_asked', 'site_file', 'took', 'others',
-           'run_info', 'Metric', 'metric', 'median_metric', 'save_record', 'load_records', 'record_table', 'duration',
-           'tell_progress', 'progress', 'Field']
+           'run_info', 'Metric', 'metric', 'median_metric', 'save_record', 'load_records', 'record_table', 'values_by',
+           'recorded', 'duration', 'tell_progress', 'progress', 'Field']
 
 # %% ../nbs/base/core.ipynb #6d0c227c
 import difflib, functools, gc, hashlib, importlib, json, os, platform, random, re, shutil, subprocess, sys, time
@@ -475,6 +475,18 @@ def record_table(records:list[dict], # from `load_records`
             lines.append({**what, 'metric':name, 'value':m['value'], 'low':low, 'high':high, 'n':m['n'],
                           'unit':m['unit']})
     return pd.DataFrame(lines).dropna(axis=1, how='all')
+
+# %% ../nbs/base/core.ipynb #cd298ca3
+def values_by(records:list[dict], *keys) -> dict: # what the keys of `what` are, a tuple if several → metric → value
+    "What some records say, by what they are of."
+    return {tuple(r['what'][k] for k in keys) if len(keys) > 1 else r['what'][keys[0]]:
+            {k: m['value'] for k, m in r['metrics'].items()} for r in records}
+
+def recorded(name:str, step:str, **where) -> dict[str,float]: # metric → value
+    "What the one such record of a folder of `results` says; a ValueError if there is none, or several."
+    found = load_records(rooted('results')/name, step=step, **where)
+    if len(found) != 1: raise ValueError(f'results/{name} has {len(found)} records of {step} with {where}, not one')
+    return values_by(found, 'step')[step]
 
 # %% ../nbs/base/core.ipynb #17f31af3
 def duration(seconds:float) -> str:

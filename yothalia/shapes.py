@@ -152,6 +152,12 @@ def _speaker(t:dict, who:str) -> str: # 'user', 'assistant', 'system', 'tool', '
     if who and said.casefold() == who.casefold(): return 'assistant'
     return ROLES.get(said.lower(), said)
 
+# %% ../nbs/data/shapes.ipynb #4665fe80
+def _pair_in(t:dict) -> tuple|None: # the keys of a line and its reply, where a turn is both
+    if 'role' in t or 'from' in t or 'speaker' in t: return None
+    a, b = (next((k for k in SPELLINGS[f] if k in t), None) for f in ('user', 'reply'))
+    return (a, b) if a and b else None
+
 def _chosen_version(t:dict) -> dict: # of LM Studio, which keeps every answer it gave
     v = t['versions'][t.get('currentlyselected') or 0]
     parts = [p for s in v.get('steps') or () if isinstance(s, dict) for p in s.get('content') or ()]
@@ -164,9 +170,8 @@ def turns_of(o, who:str='') -> list[Turn]|str: # the turns of one object, or the
     t = {str(k).lower(): v for k, v in o.items()}
     if isinstance(t.get('versions'), list): t = _chosen_version(t)
     mark = marked_bad(t)
-    named = 'role' in t or 'from' in t or 'speaker' in t
-    a, b = (None, None) if named else (next((k for k in SPELLINGS[f] if k in t), None) for f in ('user', 'reply'))
-    if a and b:
+    if keys := _pair_in(t):
+        a, b = keys
         system = [Turn('system', t['system'])] if t.get('system') else []
         return [*system, Turn('user', plain(t[a])), Turn('assistant', plain(t[b]), 0, mark)]
     return [Turn(_speaker(t, who), plain(next((t[k] for k in _WHAT if t.get(k) is not None), None)), 0, mark)]
