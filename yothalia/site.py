@@ -125,7 +125,8 @@ class Number(NamedTuple):
     metric: str
     where: dict={}
 
-_told, _tuned, _speaker = dict(condition='prompt'), dict(condition='both'), dict(track='speaker')
+_base, _told, _lora, _tuned = (dict(condition=c) for c in ('base', 'prompt', 'lora', 'both'))
+_speaker, _mutual = dict(track='speaker'), dict(set='mutual', mode='letter')
 GLANCE = [
     Number('Replies of a 1.5B model taken for the character\'s: told', 'replies_qwen', 'replies', 'recognised', _told),
     Number('… told and fine-tuned', 'replies_qwen', 'replies', 'recognised', _tuned),
@@ -139,6 +140,8 @@ GLANCE = [
     Number('… that both take off', 'sample', 'lora', 'gain base to both'),
     Number('Nats per token that an adapter gains on its own character more than on others', 'specificity',
            'specificity', 'specificity'),
+    Number('Right of MuTual\'s questions: a 1.5B model', 'public_qwen', 'public', 'accuracy letter', _mutual | _base),
+    Number('… that has learned to play characters', 'public_qwen', 'public', 'accuracy letter', _mutual | _lora),
     Number('Sixteen clients at once, times as fast as one after the other', 'engine', 'engine', 'times')]
 
 # %% ../nbs/run/site.ipynb #06bde9e8
