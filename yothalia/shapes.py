@@ -475,11 +475,11 @@ ALPACA = Shape('Alpaca instructions', ('instruction', 'output'), alpaca_row)
 def shape_of(o:dict, names:dict=SPELLINGS) -> Shape|None:
     "The shape of an item; None if nothing fits."
     if names is not SPELLINGS: return ROW
-    def talks(s): return s.read is not _text or turns_in(o['text'])[0] or is_spoken(o['text'])
-    found = next((s for s in SHAPES if s.fits(o) and talks(s)), None)
-    if found: return found
-    if is_alpaca(o): return ALPACA
-    return ROW if all(any(k in o for k in names[f]) for f in ('user', 'reply')) else None
+    also = ALPACA if is_alpaca(o) else ROW if all(any(k in o for k in names[f]) for f in ('user', 'reply')) else None
+    def talks(s):
+        if s.read is _talk and also: return not isinstance(_first(o, *TALK.split('|')), str) # a column of that name
+        return s.read is not _text or turns_in(o['text'])[0] or not also and is_spoken(o['text'])
+    return next((s for s in SHAPES if s.fits(o) and talks(s)), also)
 
 def expand(o:dict, # an item
            scene:str='', # the name of its scene, should it be a conversation
