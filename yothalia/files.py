@@ -20,7 +20,10 @@ SUFFIXES = ('.csv', '.tsv', '.json', '.jsonl', '.ndjson', '.parquet', '.txt', '.
 # what is not read → what to do instead
 INSTEAD = {'.xlsx': 'save the sheet as CSV UTF-8', '.xls': 'save the sheet as CSV UTF-8',
            '.ods': 'save the sheet as CSV',
-           '.docx': 'save it as plain text', '.pdf': 'copy its text into a .txt file', '.fdx': 'export it as Fountain',
+           '.docx': 'save it as plain text',
+           '.ink': 'save what is said as "Name: …" in a .txt file',
+           '.yarn': 'save what is said as "Name: …" in a .txt file',
+           '.pdf': 'copy its text into a .txt file', '.fdx': 'export it as Fountain',
            '.html': 'Telegram, Discord and others export JSON, too; or save its text as .txt',
            '.arrow': 'save it as Parquet', '.db': 'export its table as CSV', '.sqlite': 'export its table as CSV',
            '.zst': 'unpack it, or pack it as .gz', '.7z': 'pack it as .zip', '.rar': 'pack it as .zip'}

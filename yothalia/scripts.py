@@ -18,13 +18,19 @@ _NAME = r"[^\W\d_][^:：「『\"“”\[\]()（）!?！？,，。;；.]{0,40}?"
 _CAPS = (r"(?:[A-Z\u00c0-\u00de][A-Z\u00c0-\u00de0-9'’&#-]*)(?:[ "
          r".]+(?:[A-Z\u00c0-\u00de0-9'’&#-]+|[oO]f|the|and|[Dd]e|von))*")
 _ASIDE = r"(?:\s*[(\[（【][^)\]）】]*[)\]）】])"
-_TIME = r'(?:\d{1,2}:)?\d{1,2}:\d{2}'
+_TIME = r'(?:\d{1,2}:)?\d{1,2}:\d{2}(?:\s?[AaPp][Mm])?'
+_WHEN = rf'(?:(?:Today|Yesterday) at |\d{{1,4}}[./-]\d{{1,2}}[./-]\d{{1,4}},? )?{_TIME}'
 MANNERS = {
-    'a name and a colon': rf'[\s*_>-]*(?:[\[(]?\d{{1,2}}:\d{{2}}(?::\d{{2}})?[\])]?\s*)?(?P<who>{_NAME})[\s*_]*'
-                          rf'{_ASIDE}?\s*[:：](?!//|\d\d\s*$)[\s*_]*(?P<said>.*)',
+    'a name and a colon': rf'[\s*_>-]*(?:\d{{1,4}}[.)]\s+)?(?:[\[(]?\d{{1,2}}:\d{{2}}(?::\d{{2}})?[\])]?\s*)?'
+                          rf'(?P<who>{_NAME})[\s*_]*{_ASIDE}?'
+                          rf'\s*[:：](?!//|\d\d(?:\s?[AaPp][Mm])?\s*$)[\s*_]*(?P<said>.*)',
     'a name in angles': r'[\s*_-]*(?:[\[(]?\d{1,2}:\d{2}(?::\d{2})?[\])]?\s*)?<(?P<who>[^<>\n/]{1,40})>\s+(?P<said>.+)',
-    'a name and a dash': rf'\s*(?P<who>{_NAME})\s+[–—]\s+(?P<said>\S.*)',
-    'a name beside a time': rf'(?=.*\d:\d\d)(?:\[?{_TIME}\]?\s+)?(?P<who>{_NAME})(?:\s+[(\[]?{_TIME}[)\]]?)?(?P<said>)',
+    'a name and a dash': rf'\s*(?P<who>{_NAME})\s+[–—]\s+(?!Today at |Yesterday at |\d)(?P<said>\S.*)',
+    'a name beside a time': rf'(?=.*\d:\d\d)(?:\[?{_TIME}\]?\s+)?(?P<who>{_NAME})'
+                            rf'(?:\s+(?:[—–-]\s*)?[(\[]?{_WHEN}[)\]]?)?(?P<said>)',
+    'a name in brackets': r'\s*[【\[［](?P<who>[^\W\d_][^【】\[\]［］]{0,30}?)[】\]］]\s*[:：]?\s*(?P<said>.*)',
+    'a name in bold or as a heading': rf'\s*(?:#{{1,4}}\s+|\*\*)(?P<who>{_NAME})(?:\*\*)?\s*(?P<said>)',
+    'a name and a tab': rf'(?P<who>{_NAME})\t(?P<said>\S.*)',
     'a name before a bracket': rf'[\s*_>-]*(?P<who>{_NAME})\s*(?P<said>[「『].+)',
     'a name and a full stop': rf'\s*_?(?P<who>{_CAPS})_?{_ASIDE}?\.(?:[—–-]+)?_?(?P<said>(?:\s.*)?)',
     'a name in small letters and a full stop': r"\s*_?(?P<who>[A-Z][\w’']+(?: [A-Z][\w’']+)?)_?\.\s+(?P<said>\S.*)",
@@ -54,9 +60,10 @@ def _stands(lines:list[str], manner:str) -> list[tuple[str, tuple]]:
         out.append((_name(m), (first, beside)))
     return out
 
-def _short(name:str, most:int) -> bool:
-    "Whether a name has few words, as names have."
-    return bool(name) and len(name.split()) <= most and not name[0].islower() and not re.fullmatch(r'.\.', name)
+def _short(name:str, most:int, small:bool=False) -> bool:
+    "Whether a name has few words, as names have; where a program wrote it, it may begin with a small letter."
+    return (bool(name) and len(name.split()) <= most and (small or not name[0].islower())
+            and not re.fullmatch(r'.\.', name))
 
 # %% ../nbs/data/scripts.ipynb #8d0906ea
 def _often(found:Counter, lines:list[str]) -> set[str]:
@@ -69,10 +76,11 @@ def _names(lines:list[str], manner:str) -> set[str]:
     stands = _stands(lines, manner)
     found = Counter(n for n, _ in stands)
     if 'small' in manner: return _often(found, lines)
-    back = {n for n, k in found.items() if k > 1 and _short(n, 4)}
+    written = 'angles' in manner or 'time' in manner
+    back = {n for n, k in found.items() if k > 1 and _short(n, 4, written)}
     if 'alone' in manner: return back
     places = Counter(p for n, p in stands if n in back)
-    return back | {n for n, p in stands if _short(n, 2) and (not back or places[p] > .2*places.total())}
+    return back | {n for n, p in stands if _short(n, 2, written) and (not back or places[p] > .2*places.total())}
 
 # %% ../nbs/data/scripts.ipynb #749cdee2
 def manner_of(lines:list[str]) -> tuple[str, set[str]]: # the manner and the names; empty if nobody speaks
