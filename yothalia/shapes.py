@@ -110,11 +110,13 @@ ROLES = {'human': 'user', 'gpt': 'assistant', 'model': 'assistant',
          'developer': 'system', 'user': 'user', 'assistant': 'assistant', 'system': 'system', 'function': 'tool',
          'tool': 'tool', 'observation': 'tool', 'ipython': 'tool', 'function_call': 'call', 'tool_call': 'call',
          'tool_response': 'tool'}
-_WHO = ('from', 'role', 'speaker', 'sender', 'author', 'character', 'name', 'sender_name')
+_WHO = ('from', 'role', 'speaker', 'sender', 'author', 'character', 'name', 'sender_name', 'user', 'username')
 _WHAT = ('value', 'content', 'text', 'message', 'mes', 'utterance', 'data', 'body', 'parts')
 
 # %% ../nbs/data/shapes.ipynb #d150734a
 def _named(v):
+    "What a value says as a name; a number is one, a switch is none."
+    if isinstance(v, bool): return None
     if isinstance(v, dict): return next((str(n) for k, n in v.items() if 'name' in str(k).lower()), None)
     return str(v) if isinstance(v, (int, float)) else v
 
@@ -147,7 +149,7 @@ def _speaker(t:dict, who:str) -> str: # 'user', 'assistant', 'system', 'tool', '
     for k in ('is_human', 'is_user', 'iscreatedbyuser', 'userid'):
         if k in t: return 'user' if t[k] else 'assistant'
     if 'is_bot' in t: return 'assistant' if t['is_bot'] else 'user'
-    said = next((str(t[k]) for k in _WHO if t.get(k)), '')
+    said = next((str(n) for k in _WHO if (n := _named(t.get(k)))), '')
     if not said and str(t.get('type')).lower() in ROLES: said = str(t['type'])
     if who and said.casefold() == who.casefold(): return 'assistant'
     return ROLES.get(said.lower(), said)
@@ -155,7 +157,8 @@ def _speaker(t:dict, who:str) -> str: # 'user', 'assistant', 'system', 'tool', '
 # %% ../nbs/data/shapes.ipynb #4665fe80
 def _pair_in(t:dict) -> tuple|None: # the keys of a line and its reply, where a turn is both
     if 'role' in t or 'from' in t or 'speaker' in t: return None
-    a, b = (next((k for k in SPELLINGS[f] if k in t), None) for f in ('user', 'reply'))
+    texts = [k for k, v in t.items() if v is None or isinstance(v, (str, list))]
+    a, b = (next((k for k in SPELLINGS[f] if k in texts), None) for f in ('user', 'reply'))
     return (a, b) if a and b else None
 
 def _chosen_version(t:dict) -> dict: # of LM Studio, which keeps every answer it gave
