@@ -6,7 +6,7 @@
 __all__ = ['PUSHES', 'INSISTS', 'PLAIN', 'CALM', 'INSISTED', 'AGAIN', 'BREAKS', 'HoldsConfig', 'in_language', 'pushed', 'margins',
            'heard_in', 'judge', 'insisted', 'talk_on', 'told_again', 'situation_metrics', 'lost', 'losses',
            'all_metrics', 'measure_break', 'measure_drift', 'measure_holds', 'situations', 'holds_table', 'changes',
-           'seen', 'holds', 'plot_holds']
+           'holds', 'plot_holds']
 
 # %% ../nbs/benchmark/holds.ipynb #61e1261c
 from pathlib import Path
@@ -228,7 +228,7 @@ def changes(records:list[dict], field:str) -> dict[str,dict]: # of one condition
         out |= {words: m[k] for n, words in names.items() if (k := f'{field}, {n}, change') in m}
     return out
 
-def seen(of:dict[str,dict]) -> dict[str,Metric]: # those whose interval leaves out nothing
+def _established(of:dict[str,dict]) -> dict[str,Metric]: # those whose interval leaves out zero
     return {k: Metric(m) for k, m in of.items() if m['interval'] and (m['interval'][0] > 0 or m['interval'][1] < 0)}
 
 def holds(records:list[dict]) -> str: # empty where a language has one character only
@@ -240,9 +240,9 @@ def holds(records:list[dict]) -> str: # empty where a language has one character
         if calm is None: continue
         said += [f"Of its replies ({c}) {calm['value']:.0%} are taken for the character's.",
                  *gains_in_words(changes(some, 'recognised'))]
-        if more := [f'{k} {points(m)}' for k, m in seen(changes(some, 'assistant phrases')).items()]:
+        if more := [f'{k} {points(m)}' for k, m in _established(changes(some, 'assistant phrases')).items()]:
             said.append(f"Phrases of an assistant: {', '.join(more)}.")
-        if nats := [f'{k} {m:+.2f}' for k, m in seen(changes(some, 'likelier')).items()]:
+        if nats := [f'{k} {m:+.2f}' for k, m in _established(changes(some, 'likelier')).items()]:
             said.append(f"The author's words against an assistant's, in nats per token: {', '.join(nats)}.")
     return ' '.join(said)
 

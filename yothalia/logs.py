@@ -84,6 +84,15 @@ def seconds(when) -> float|None:
         return t/1e6 if t > 1e14 else t/1e3 if t > 1e11 else t
     except (TypeError, ValueError, OverflowError): return None
 
+# %% ../nbs/data/logs.ipynb #324bfd61
+def _times(values) -> list[float|None]:
+    "Seconds of a column of times, in whatever form."
+    import pandas as pd
+    got = list(map(seconds, values))
+    if all(t is not None for t in got): return got
+    when = pd.to_datetime(pd.Series([str(v) for v in values]), errors='coerce', format='mixed')
+    return [None if pd.isna(t) else t.timestamp() for t in when]
+
 # %% ../nbs/data/logs.ipynb #0fff21d1
 def _pieces(text) -> str:
     "Telegram's text, which may be a list of strings and marked pieces."
@@ -145,9 +154,9 @@ def slack_chats(root:list, pause:float=0, users:dict={} # id → name
 
 # %% ../nbs/data/logs.ipynb #ededecd4
 def _google(root, pause):
-    said = [(seconds(re.sub(r'^\w+, | at|\u202f', ' ', str(m.get('created_date') or ''))),
-             str((m.get('creator') or {}).get('name') or 'unnamed'), m.get('text'), n)
-            for n, m in enumerate(root['messages'], 1)]
+    whens = [re.sub(r'^\w+, | at(?= \d)', '', str(m.get('created_date') or '')) for m in root['messages']]
+    said = [(t, str((m.get('creator') or {}).get('name') or 'unnamed'), m.get('text'), n)
+            for n, (t, m) in enumerate(zip(_times(whens), root['messages']), 1)]
     return _together([said], pause)
 
 def _skype(root, pause):
@@ -385,15 +394,6 @@ def turn_columns(columns) -> dict[str,str]: # what → column; empty where rows 
     if found['who'] == found['text'] or any(c in columns
                                             for c in (*SPELLINGS['reply'], *SPELLINGS['user'][1:5])): return {}
     return {f: c for f, c in found.items() if c} if found['who'] and found['text'] else {}
-
-# %% ../nbs/data/logs.ipynb #324bfd61
-def _times(values) -> list[float|None]:
-    "Seconds of a column of times, in whatever form."
-    import pandas as pd
-    got = list(map(seconds, values))
-    if all(t is not None for t in got): return got
-    when = pd.to_datetime(pd.Series([str(v) for v in values]), errors='coerce', format='mixed')
-    return [None if pd.isna(t) else t.timestamp() for t in when]
 
 # %% ../nbs/data/logs.ipynb #0b5a4d36
 # (line, {what: value}) of each message, (line, reason) of the rest
