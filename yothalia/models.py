@@ -491,18 +491,31 @@ def without_habits(model):
     try: yield
     finally: inner.generation_config = own
 
-def continued(model, tok, prompts, # rendered texts, or the ids of each
-              max_new_tokens:int=128, # stop at the latest after so many
-              **how # what else `generate` is told, e.g. do_sample=True, temperature=0.8, top_p=0.95
-             ): # a tensor (prompts, new tokens)
-    "The ids with which a model goes on from several prompts, padded on the left; greedily unless told otherwise."
+def _generated(model, tok, ids:list[list[int]], max_new_tokens:int, **how): # a tensor (prompts, new tokens)
+    "What `generate` adds to prompts, padded on the left."
     import torch
-    ids = [tok(p, add_special_tokens=False)['input_ids'] if isinstance(p, str) else list(p) for p in prompts]
     with torch.inference_mode(), quiet(), without_habits(model):
         given = tok.pad(dict(input_ids=ids), padding=True, padding_side='left', return_tensors='pt').to(model.device)
         out = model.generate(**given, max_new_tokens=max_new_tokens, pad_token_id=tok.pad_token_id,
                              **GREEDY | dict(eos_token_id=stop_ids(tok), top_k=0) | how)
     return out[:, given['input_ids'].shape[1]:]
+
+# %% ../nbs/base/models.ipynb #2b0e6e0a
+def continued(model, tok, prompts, # rendered texts, or the ids of each
+              max_new_tokens:int=128, # stop at the latest after so many
+              **how # what else `generate` is told, e.g. do_sample=True, temperature=0.8, top_p=0.95
+             ): # a tensor (prompts, new tokens)
+    """The ids with which a model goes on from several prompts, greedily unless told otherwise; half of them at a
+    time where memory ends."""
+    import torch
+    ids = [tok(p, add_special_tokens=False)['input_ids'] if isinstance(p, str) else list(p) for p in prompts]
+    try: return _generated(model, tok, ids, max_new_tokens, **how)
+    except Exception as e:
+        if len(ids) < 2 or not out_of_memory(e): raise
+    if torch.cuda.is_available(): torch.cuda.empty_cache()
+    half = len(ids)//2
+    rows = [r for part in (ids[:half], ids[half:]) for r in continued(model, tok, part, max_new_tokens, **how)]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tok.pad_token_id)
 
 # %% ../nbs/base/models.ipynb #1634afad
 def next_logits(model, ids:list[int], cache=None # what the model keeps of all but the last of them
