@@ -125,8 +125,9 @@ class Number(NamedTuple):
     metric: str
     where: dict={}
 
+# %% ../nbs/run/site.ipynb #db58bd52
 _base, _told, _lora, _tuned = (dict(condition=c) for c in ('base', 'prompt', 'lora', 'both'))
-_speaker, _mutual = dict(track='speaker'), dict(set='mutual', mode='letter')
+_speaker, _mutual, _break = dict(track='speaker'), dict(set='mutual', mode='letter'), dict(part='break')
 GLANCE = [
     Number('Replies of a 1.5B model taken for the character\'s: told', 'replies_qwen', 'replies', 'recognised', _told),
     Number('… told and fine-tuned', 'replies_qwen', 'replies', 'recognised', _tuned),
@@ -142,6 +143,11 @@ GLANCE = [
            'specificity', 'specificity'),
     Number('Right of MuTual\'s questions: a 1.5B model', 'public_qwen', 'public', 'accuracy letter', _mutual | _base),
     Number('… that has learned to play characters', 'public_qwen', 'public', 'accuracy letter', _mutual | _lora),
+    Number('… that has learned an assistant\'s rows instead', 'public_control', 'public', 'accuracy letter',
+           _mutual | _lora),
+    Number('Replies with an assistant\'s phrases, when somebody insists: told', 'holds', 'holds',
+           'assistant phrases, insisted', _told | _break),
+    Number('… told and fine-tuned', 'holds', 'holds', 'assistant phrases, insisted', _tuned | _break),
     Number('Sixteen clients at once, times as fast as one after the other', 'engine', 'engine', 'times')]
 
 # %% ../nbs/run/site.ipynb #06bde9e8
