@@ -68,6 +68,7 @@ def ask(self:Behind, r:Request) -> Request:
     if self.stopping.is_set(): raise ValueError('the engine has stopped')
     if r.likely is not None and self.can.get('log-probabilities') != 'yes':
         raise ValueError('log-probabilities do not come from the engine behind')
+    if r.weigh is not None: raise ValueError('log-probabilities of a prompt do not come from an engine behind')
     if len(r.prompt) + 1 > self.room:
         raise ValueError(f'the prompt has {len(r.prompt):,} tokens, and a place holds {self.room:,}')
     r.sampling.max_tokens = min(r.sampling.max_tokens, self.room - len(r.prompt))

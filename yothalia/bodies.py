@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Number', 'Whole', 'Length', 'Text', 'MAX_BODY', 'MAX_MESSAGES', 'MAX_CHOICES', 'SILENT', 'NOTHING', 'LENGTHS',
            'Refused', 'StreamOptions', 'Drawn', 'Message', 'Chat', 'Prompted', 'Responded', 'where', 'read_body',
-           'left_out', 'insist', 'sampling_of', 'likely_of', 'Conversation', 'aside', 'named', 'conversation', 'loaded']
+           'left_out', 'insist', 'sampling_of', 'likely_of', 'weigh_of', 'nothing_new', 'Conversation', 'aside',
+           'named', 'conversation', 'loaded']
 
 # %% ../nbs/chat/bodies.ipynb #717f4310
 import json
@@ -98,6 +99,9 @@ def _prompts(v): return [v] if isinstance(v, str) or (isinstance(v, list) and v 
 class Prompted(Drawn):
     "A body of `/v1/completions`: texts, or their tokens, from which the model goes on."
     prompt: Annotated[list[Text|list[Whole]], BeforeValidator(_prompts)] = Field(min_length=1, max_length=MAX_CHOICES)
+    logprobs: Whole|None = Field(None, ge=0, le=20)
+    echo: bool|None = Field(None, strict=True)
+    prompt_logprobs: Whole|None = Field(None, ge=0, le=20) # as vLLM has it
 
 def _items(v): # what Responses calls input, as messages
     if isinstance(v, str): return [dict(role='user', content=v)]
@@ -166,7 +170,8 @@ def sampling_of(asked:Drawn, new_tokens:int) -> Sampling: # tokens of a reply wh
     return Sampling(**{k: v for k, v in given.items() if v is not None})
 
 def likely_of(asked:Drawn) -> int|None: # None where nothing is to be shown
-    "How many log-probabilities are wanted at each place; of a chat only."
+    "How many log-probabilities are wanted at each place of a reply."
+    if isinstance(asked, Prompted): return asked.logprobs
     if not isinstance(asked, Chat): return None
     if asked.logprobs is None or asked.logprobs is False:
         if asked.top_logprobs: raise Refused(400, 'top_logprobs needs logprobs to be true.', 'top_logprobs')
@@ -174,6 +179,20 @@ def likely_of(asked:Drawn) -> int|None: # None where nothing is to be shown
     n = (asked.top_logprobs or 0) if asked.logprobs is True else asked.logprobs
     if not 0 <= n <= 20: raise Refused(400, f'logprobs must be true, false, or a number to 20, not {n}.', 'logprobs')
     return n
+
+# %% ../nbs/chat/bodies.ipynb #fa9dc52b
+def weigh_of(asked:Drawn) -> int|None: # None where nothing is to be shown
+    "How many log-probabilities are wanted at each place of a prompt."
+    if not isinstance(asked, Prompted): return None
+    wanted = [asked.prompt_logprobs, asked.logprobs if asked.echo else None]
+    if asked.stream and (asked.echo or asked.prompt_logprobs is not None):
+        raise Refused(400, 'What is said of a prompt does not come in a stream: leave stream out.', 'stream')
+    return max((n for n in wanted if n is not None), default=None)
+
+def nothing_new(asked:Drawn) -> bool:
+    "Whether max_tokens is 0 where that can be meant."
+    if not isinstance(asked, Prompted) or not asked.echo: return False
+    return asked.max_tokens is None and 'max_tokens' in asked.model_fields_set
 
 # %% ../nbs/chat/bodies.ipynb #5a4449ac
 @dataclass

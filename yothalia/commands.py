@@ -88,13 +88,14 @@ def run(recipe: Recipe='', parameter: Parameters=[], name: Name='default', steps
         needs_rows(wanted(asked, own, some), folder)
         asked, said = (asked, '') if whole else sized(asked, folder, _rate)
         planned = planned_for(folder, wanted(asked, own, some))
+        for words in filter(None, (said, unheard(parameter, planned))):
+            console.print(words, style='dim', markup=False, highlight=False, soft_wrap=True)
         keys = step_keys(planned, folder)
         todo = {s: c for s, c in planned.items() if again or not is_done(folder, s, keys[s])}
         look_first(todo)
         if '01_data' in todo:
             from yothalia.check import short_check
             short_check(config_class('01_data')(**todo['01_data'].model_dump()), console)
-        if said: console.print(said, style='dim', markup=False, highlight=False, soft_wrap=True)
         run_all(planned, folder, console, again)
         from yothalia.findings import show_results
         show_results(folder, console)

@@ -148,6 +148,8 @@ def _known_model(name:str) -> Path|None: # the file or folder, None for the hub 
         if p.is_file(): return p
         raise ModelError(f'There is no file {name}: give a path from the project\'s root, or an absolute one.')
     if re.fullmatch(r'[\w.-]+/[\w.-]+', name): return None
+    if '://' in name: raise ModelError(f'{name} is an address: give it as base_url, and the name that the model has '
+                                       f'there as model={API}NAME.')
     near = nearest(name, ALIASES, 2)
     raise ModelError(f'No model {name!r}: it is no folder or GGUF file here, no hub id (owner/name), and no alias '
                      f'({", ".join(ALIASES)})'

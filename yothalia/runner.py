@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['JOBS', 'STEPS', 'MIN_DISK', 'PLAIN_ERRORS', 'Job', 'RunError', 'room', 'job_of', 'job_notebook', 'known_steps',
-           'notebook_parameters', 'parameters_cell', 'parameter_table', 'refuse_unknown', 'wanted', 'Within', 'sized',
-           'default_recipe', 'needs_rows', 'config_class', 'checked', 'plan', 'Kept', 'code_hash', 'planned_for',
-           'refuse_away', 'look_first', 'step_keys', 'done_mark', 'is_done', 'without_lessons', 'as_job', 'Interrupted',
-           'ProgressFile', 'kernel_options', 'explained', 'run_notebook', 'run_all', 'run_step']
+           'notebook_parameters', 'parameters_cell', 'parameter_table', 'refuse_unknown', 'wanted', 'unheard', 'Within',
+           'sized', 'default_recipe', 'needs_rows', 'config_class', 'checked', 'plan', 'Kept', 'code_hash',
+           'planned_for', 'refuse_away', 'look_first', 'step_keys', 'done_mark', 'is_done', 'without_lessons', 'as_job',
+           'Interrupted', 'ProgressFile', 'kernel_options', 'explained', 'run_notebook', 'run_all', 'run_step']
 
 # %% ../nbs/run/runner.ipynb #64c1528f
 import ast, functools, importlib, json, os, re, shutil, tempfile, threading, time
@@ -155,6 +155,16 @@ def wanted(recipe:dict, # from the YAML file
         if isinstance(known[s][k], float): return _number(v)
         return v
     return {s: {k: typed(s, k, v) for k, v in (shared | own[s]).items() if k in known[s]} for s in some}
+
+# %% ../nbs/run/runner.ipynb #bc3676a7
+def unheard(given, steps # as for `wanted`; the steps that will be done
+           ) -> str: # empty if there is nothing to say
+    "A sentence about what was given to all steps and is heard by none of those."
+    known = {s: notebook_parameters(job_notebook(s)) for s in JOBS}
+    names = {name for step, name, _ in (_given(g, known) for g in given) if not step}
+    idle = sorted(names.difference(*map(known.get, steps)))
+    said = [f'{k} (for {", ".join(s for s in JOBS if k in known[s])})' for k in idle]
+    return f'Not heard by these steps: {", ".join(said)}.' if said else ''
 
 # %% ../nbs/run/runner.ipynb #ca8e3ff8
 def _sections(recipe:dict) -> tuple[dict,dict]: # what holds for all steps; step → what holds only there

@@ -155,12 +155,13 @@ def lucky(s:Sampling, k:int) -> Sampling: # the kth of several
 def continued(self:Stage, asked:Prompted) -> list[Request]:
     "What the engine is asked for where a text shall go on: no persona, no template, the character's adapter."
     _, _, on = self.cast(asked.model)
-    s, tok, out = sampling_of(asked, self.new_tokens), self.engine.tok, []
+    s, tok, out, weigh = sampling_of(asked, self.new_tokens), self.engine.tok, [], weigh_of(asked)
+    if nothing_new(asked): s.max_tokens = 1
     for p in asked.prompt:
         with self.lock: ids = p if isinstance(p, list) else tok(p)['input_ids']
         if not ids or not all(0 <= i < len(tok) for i in ids):
             raise Refused(400, f'prompt must be a text, or tokens below {len(tok):,}.', 'prompt')
-        out += [Request(ids, lucky(s, k), tuple(filter(None, asked.stop)), on, begun=tuple(ids[-8:]))
+        out += [Request(ids, lucky(s, k), tuple(filter(None, asked.stop)), on, likely_of(asked), weigh, tuple(ids[-8:]))
                 for k in range(asked.n or 1)]
     if len(out) > MAX_CHOICES: raise Refused(400, f'{len(out)} texts are more than {MAX_CHOICES}.', 'prompt')
     return out
