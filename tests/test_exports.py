@@ -82,6 +82,29 @@ SIX = {
     'named.srt': (each(lambda i, q, a: f'{i}\n00:00:0{i},000 --> 00:00:0{i},400\nMARA: {q}\n\n{i}\n00:00:0{i},500 --> 00:00:0{i},900\nGHOST: <i>{a}</i>\n'), 'Ghost'),
     'tagged.vtt': ('WEBVTT\n\n' + each(lambda i, q, a: f'00:0{i}.000 --> 00:0{i}.400\n<v Mara>{q}</v>\n\n00:0{i}.500 --> 00:0{i}.900\n<v Ghost>{a}</v>\n'), 'Ghost'),
     'column.ass': ('[Events]\nFormat: Start, End, Name, Text\n' + each(lambda i, q, a: f'Dialogue: 0:00:0{i}.00,0:00:0{i}.40,Mara,{q}\nDialogue: 0:00:0{i}.50,0:00:0{i}.90,Ghost,{a}'), 'Ghost'),
+    'examples.txt': (each(lambda i, q, a: f'<START>\n{{{{user}}}}: {q}\n{{{{char}}}}: {a}'), ''),
+    'definition.txt': (each(lambda i, q, a: f'{{{{user}}}}: {q}\n{{{{char}}}}: {a}\nEND_OF_DIALOG'), ''),
+    'stream.json': (json.dumps(dict(streamer=dict(name='ghost'), comments=[dict(content_offset_seconds=i, commenter=dict(display_name=w), message=dict(body=t, fragments=[]))
+                                    for i, pair in enumerate(PAIRS) for w, t in zip(('Mara', 'Ghost'), pair)])), 'Ghost'),
+    'matrix.json': (json.dumps(dict(room_name='Tea', messages=[dict(type='m.room.message', sender=f'@{w}:tea.org', content=dict(msgtype='m.text', body=t))
+                                    for pair in PAIRS for w, t in zip(('mara', 'ghost'), pair)])), 'ghost'),
+    'season.json': (json.dumps(dict(episodes=[dict(scenes=[dict(utterances=[dict(speakers=[w], transcript=t) for w, t in zip(('Mara', 'Ghost'), pair)]) for pair in PAIRS])])), 'Ghost'),
+    'sessions.json': (json.dumps({f'Session-{i}': dict(scene=['A shop.'], dialogue=[f'Mara: {q}', f'Ghost: {a}']) for i, (q, a) in enumerate(PAIRS)}), 'Ghost'),
+    'chunks.json': (json.dumps([dict(CHUNK='Tea.', TURNS=[dict(NAMES=[w], UTTERANCES=[t]) for w, t in zip(('MARA', 'GHOST'), pair)]) for pair in PAIRS]), 'GHOST'),
+    'services.json': (json.dumps([dict(turns=[dict(speaker='USER', utterance=q), dict(speaker='SYSTEM', utterance=a)] + [dict(speaker='USER', utterance='Bye'), dict(speaker='SYSTEM', utterance=' ')])
+                                  for q, a in PAIRS]), ''),
+    'live.json': (json.dumps([dict(author=dict(id='x', name=w), message=t) for pair in PAIRS for w, t in zip(('Mara', 'Ghost'), pair)]), 'Ghost'),
+    'told.json': (json.dumps([dict(bot_name='Ghost', bot_info='Keeps tea.', history=said(q, a)[0] + said(q, a)[1]) for q, a in PAIRS]), ''),
+    'daily.txt': (each(lambda i, q, a: f'{q} __eou__ {a} __eou__'), ''),
+    'qq.txt': ('消息记录（此消息记录为文本格式）\n\n' + '='*20 + '\n消息对象:幽灵\n' + '='*20 + '\n\n' + each(lambda i, q, a: f'{days(i)} 10:01:00 玛拉(123)\n{q}\n\n{days(i)} 10:02:00 幽灵(456)\n{a}\n'), '幽灵'),
+    'imessage.txt': (each(lambda i, q, a: f'May 1{i}, 2024  5:29:42 PM (Read by them after 1 minute)\nMe\n{q}\n\nMay 1{i}, 2024  5:30:42 PM\nGhost\n{a}\n'), 'Ghost'),
+    'signal blocks.txt': (each(lambda i, q, a: '\n\n'.join(f'From: {w} (+4912345)\nType: incoming\nSent: {days(i)} 10:0{k}:00\nReceived: {days(i)} 10:0{k}:01\n\n{t}'
+                                                           for k, (w, t) in enumerate((('Mara', q), ('Ghost', a)))) + '\n'), 'Ghost'),
+    'titles.txt': (each(lambda i, q, a: f'Mrs. Mara: {q}\nDr. Ghost: {a}\n'), 'Dr. Ghost'),
+    'game.csv': ('Key,Speaker,English,Chinese\n' + each(lambda i, q, a: f'a{i},Mara,"{q}",\nb{i},Ghost,"{a}",'), 'Ghost'),
+    'topics.csv': ('QUEST,TOPIC,PROMPT,RESPONSE TEXT\n' + each(lambda i, q, a: f'Q{i},T,"{q}","{a}"'), ''),
+    'empathetic.csv': ('conv_id,utterance_idx,context,prompt,speaker_idx,utterance\n' + each(lambda i, q, a: f'c{i},1,calm,I had tea,7,{q}\nc{i},2,calm,I had tea,9,{a.replace(",", "_comma_")}'), '9'),
+    'a talk in a cell.csv': ('user 1 personas,user 2 personas,Best Generated Conversation\n' + each(lambda i, q, a: f'Dusts.,Haunts.,"User 1: {q}\nUser 2: {a}"'), 'User 2'),
     'you.json': (json.dumps(dict(char_name='Ghost', char_persona='Keeps tea.', char_greeting='Boo.', example_dialogue=each(lambda i, q, a: f'You: {q}\nGhost: {a}'))), ''),
 }
 
@@ -112,6 +135,7 @@ REFUSED = {
     'shift.csv': ('question,answer\n霧は,北東が一番濃いのです。\n'.encode('cp932'), 'encoding=cp932'),
     'header.csv': ('question,answer\n', 'a header only'),
     'who.txt': ('Mara: Hi\nGhost: Boo\nMara: Oh\nGhost: Boo', 'Say character=NAME. Speakers: Mara (2), Ghost (2)'),
+    'play.xml': ('<PLAY><SPEECH><SPEAKER>GHOST</SPEAKER></SPEECH></PLAY>', 'in a .txt file'),
     'odd.jsonl': ('{"prompt": "Hi", "mood": 3}\n', 'it lacks completion'),
 }
 
@@ -174,7 +198,7 @@ def mutated(name, content, rng):
     how = rng.randrange(5)
     if how == 0 and name.endswith(('.json', '.jsonl')):
         lines = [b.decode()] if name.endswith('.json') else b.decode().split('\n')
-        k = rng.randrange(len(lines))
+        k = rng.choice([i for i, l in enumerate(lines) if l])
         lines[k] = json.dumps(changed(json.loads(lines[k]), rng))
         return '\n'.join(lines).encode()
     a = rng.randrange(len(b))

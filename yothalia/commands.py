@@ -84,14 +84,13 @@ def run(recipe: Recipe='', parameter: Parameters=[], name: Name='default', steps
         if list_: return show_parameters(list_, console)
         folder = rooted('_runs')/name
         asked = read_yaml(find_recipe(recipe or default_recipe(parameter, folder)))
-        own, some = [*parameter, f'out={tidy(folder)}'], listed(steps)
-        needs_rows(wanted(asked, own, some), folder)
+        what = [*parameter, f'out={tidy(folder)}'], listed(steps)
+        needs_rows(wanted(asked, *what), folder)
         asked, said = (asked, '') if whole else sized(asked, folder, _rate)
-        planned = planned_for(folder, wanted(asked, own, some))
+        planned = planned_for(folder, wanted(asked, *what))
         for words in filter(None, (said, unheard(parameter, planned))):
             console.print(words, style='dim', markup=False, highlight=False, soft_wrap=True)
-        keys = step_keys(planned, folder)
-        todo = {s: c for s, c in planned.items() if again or not is_done(folder, s, keys[s])}
+        todo = {s: planned[s] for s, k in step_keys(planned, folder).items() if again or not is_done(folder, s, k)}
         look_first(todo)
         if '01_data' in todo:
             from yothalia.check import short_check

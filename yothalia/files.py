@@ -25,6 +25,11 @@ INSTEAD = {'.xlsx': 'save the sheet as CSV UTF-8', '.xls': 'save the sheet as CS
            '.yarn': 'save what is said as "Name: …" in a .txt file',
            '.pdf': 'copy its text into a .txt file', '.fdx': 'export it as Fountain',
            '.html': 'Telegram, Discord and others export JSON, too; or save its text as .txt',
+           '.xml': 'save what is said as "Name: …" in a .txt file',
+           '.twee': 'rename it to .txt, if its lines are "Name: …"', '.nani': 'rename it to .txt',
+           '.ks': 'save what is said as "Name: …" in a .txt file', '.toml': 'write it as YAML',
+           '.sbv': 'save it as .srt', '.ttml': 'save it as .srt', '.xz': 'unpack it, or pack it as .gz',
+           '.bz2': 'unpack it, or pack it as .gz',
            '.arrow': 'save it as Parquet', '.db': 'export its table as CSV', '.sqlite': 'export its table as CSV',
            '.zst': 'unpack it, or pack it as .gz', '.7z': 'pack it as .zip', '.rar': 'pack it as .zip'}
 

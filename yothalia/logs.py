@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['PAUSE', 'LOGS', 'STAMPS', 'TURN_COLUMNS', 'speech', 'pause_of', 'by_pauses', 'seconds', 'slack_chats', 'of',
-           'json_chats', 'tavern_chats', 'Stamp', 'stamp_of', 'day_first', 'stamped_chats', 'turn_columns', 'turn_rows']
+           'json_chats', 'says', 'talks_in', 'tavern_chats', 'Stamp', 'stamp_of', 'day_first', 'stamped_chats',
+           'turn_columns', 'turn_rows']
 
 # %% ../nbs/data/logs.ipynb #1e447050
+from collections.abc import Iterator
 import html, json, re
 from dataclasses import dataclass
 from datetime import datetime
@@ -250,6 +252,19 @@ def json_chats(root, pause:float=0) -> tuple[str, Chats|list[dict]]:
             raise DataError(f'This looks like {name}, but is damaged: {type(e).__name__}, {e}') from None
     return '', []
 
+# %% ../nbs/data/logs.ipynb #7292a91f
+def says(o) -> bool:
+    "Whether an object is a message: somebody, and a text."
+    said = turns_of(o) if isinstance(o, dict) else ''
+    return len(said) == 1 and bool(said[0].role) and isinstance(said[0].text, str)
+
+def talks_in(o, deep:int=9 # how far down is looked
+            ) -> Iterator[list]: # lists of messages
+    "The talks in a JSON value."
+    if isinstance(o, list) and sum(map(says, o)) > max(1, .5*len(o)): yield [m for m in o if says(m)]
+    elif deep and isinstance(o, (list, dict)):
+        for v in o.values() if isinstance(o, dict) else o: yield from talks_in(v, deep-1)
+
 # %% ../nbs/data/logs.ipynb #553790be
 def tavern_chats(text:str) -> Chats|None:
     "The chat of a SillyTavern log, None if the text is none."
@@ -298,6 +313,7 @@ STAMPS = {
                      r'\{\w+\}|={9,}|(?:Guild|Channel|Topic|After|Before): .*|Exported [\d,. ]+ message\(s\)'),
     'IRC': Stamp(rf'\[?{_CLOCK}\]?\s+<[ @+%&~]?(?P<who>[^<>\s]+)>\s(?P<text>.*)',
                  rf'\[?{_CLOCK}\]?\s+(?:-!-|\*).*|---.*'),
+    'QQ': Stamp(rf'{_DATE} {_CLOCK} (?P<who>.{{1,40}}?)[(<（][^()<>（）]+[)>）](?P<text>)', r'={8,}|消息(?:记录|分组|对象).*'),
     'WeeChat': Stamp(rf'{_DATE} {_CLOCK}\t[@+%&~]?(?P<who>[^\W\d][^\t]*)\t(?P<text>.*)', rf'{_DATE} {_CLOCK}\t.*')}
 
 _UNSEEN = str.maketrans({**dict.fromkeys(map(ord, '\u200e\u200f\u202a\u202b\u202c\u202d\u202e\ufeff')), 0x202f: ' ',
@@ -378,10 +394,11 @@ def stamped_chats(lines:list[str], kind:str, # of `STAMPS`
 TURN_COLUMNS = dict(
     who=('speaker', 'sender', 'author', 'talker', 'sender_name', 'nickname', 'raw_character_text', 'player',
          'character',
-         'username', 'from', 'role', 'name', 'user'),
+         'username', 'from', 'role', 'name', 'user', 'npcname', 'speaker_idx', 'speaker_id', 'agent'),
     text=('text', 'message', 'msg', 'content', 'utterance', 'body', 'spoken_words', 'playerline', 'strcontent', 'line',
-          'dialogue', 'quote', 'value'),
-    scene=('conversation_id', 'dialog_id', 'dialogue_id', 'conversation', 'chat_id', 'session_id', 'thread', 'channel',
+          'dialogue', 'quote', 'value', 'transcript', 'english'),
+    scene=('conversation_id', 'conv_id', 'dialog_id', 'dialogue_id', 'conversation', 'chat_id', 'session_id', 'thread',
+           'channel',
            'room_name', 'scene', 'episode', 'episode_id', 'play'),
     when=('timestamp', 'createtime', 'created_at', 'strtime', 'datetime', 'date', 'time', 'ts'),
     kind=('type_name', 'type'), mine=('is_sender', 'issender'),
@@ -391,8 +408,8 @@ _TEXT_KINDS = {'文本', 'text', '1', 'message', 'default', 'reply', 'generic', 
 def turn_columns(columns) -> dict[str,str]: # what → column; empty where rows are no turns
     "Which columns of a table of turns hold what."
     found = {f: next((c for c in names if c in columns), '') for f, names in TURN_COLUMNS.items()}
-    if found['who'] == found['text'] or any(c in columns
-                                            for c in (*SPELLINGS['reply'], *SPELLINGS['user'][1:5])): return {}
+    pair = {*SPELLINGS['reply'], *(() if 'utterance' in columns else SPELLINGS['user'][1:5])}
+    if found['who'] == found['text'] or pair & set(columns): return {}
     return {f: c for f, c in found.items() if c} if found['who'] and found['text'] else {}
 
 # %% ../nbs/data/logs.ipynb #0b5a4d36
@@ -404,6 +421,8 @@ def _messages(items, found:dict) -> tuple[list, list]:
              if isinstance(o, dict)]
     kinds = {str(m.get('kind') or '').lower() for _, m in every} & _TEXT_KINDS
     for i, m in every:
+        m['who'], m['text'] = called(m['who']), plain(m['text'])
+        if isinstance(m['text'], str): m['text'] = m['text'].replace('_comma_', ',')
         kind = str(m.get('kind') or '')
         if kinds and kind.lower() not in _TEXT_KINDS: loose.append((i, f'no text ({kind})'))
         elif not m['who']: loose.append((i, 'nobody is named who says it'))

@@ -163,8 +163,9 @@ def unheard(given, steps # as for `wanted`; the steps that will be done
     known = {s: notebook_parameters(job_notebook(s)) for s in JOBS}
     names = {name for step, name, _ in (_given(g, known) for g in given) if not step}
     idle = sorted(names.difference(*map(known.get, steps)))
-    said = [f'{k} (for {", ".join(s for s in JOBS if k in known[s])})' for k in idle]
-    return f'Not heard by these steps: {", ".join(said)}.' if said else ''
+    def whose(k): return ', '.join(s for s in JOBS if k in known[s])
+    said = ', '.join(f'{k} (for {whose(k)})' for k in idle)
+    return said and f'Not heard by these steps: {said}.'
 
 # %% ../nbs/run/runner.ipynb #ca8e3ff8
 def _sections(recipe:dict) -> tuple[dict,dict]: # what holds for all steps; step → what holds only there

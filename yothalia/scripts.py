@@ -14,7 +14,8 @@ from .files import *
 from .shapes import *
 
 # %% ../nbs/data/scripts.ipynb #4f63ee1e
-_NAME = r"[^\W\d_][^:：「『\"“”\[\]()（）!?！？,，。;；.]{0,40}?"
+_NAME = (r"(?:(?i:dr|mrs?|ms|prof|st|capt|sgt|lt|col|gen|rev|mme|mlle)\. ?)?"
+         r"[^\W\d_][^:：「『\"“”\[\]()（）!?！？,，。;；.]{0,40}?")
 _CAPS = (r"(?:[A-Z\u00c0-\u00de][A-Z\u00c0-\u00de0-9'’&#-]*)(?:[ "
          r".]+(?:[A-Z\u00c0-\u00de0-9'’&#-]+|[oO]f|the|and|[Dd]e|von))*")
 _ASIDE = r"(?:\s*[(\[（【][^)\]）】]*[)\]）】])"

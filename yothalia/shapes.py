@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FIELDS', 'MAX_FIELD', 'MARKS', 'MAX_TURNS', 'CONTEXT', 'SPELLINGS', 'ROLES', 'RENDERED', 'TALK', 'SHAPES', 'ROW',
-           'ALPACA', 'unfit_text', 'bad', 'marked_bad', 'Turn', 'merged', 'exchanges', 'flat', 'plain', 'spoken',
-           'is_spoken', 'turns_of', 'Chats', 'conversation', 'turns_in', 'pair', 'is_alpaca', 'history_of', 'table_row',
-           'alpaca_row', 'Shape', 'shape_of', 'expand', 'check_columns', 'renamed']
+           'ALPACA', 'unfit_text', 'bad', 'marked_bad', 'Turn', 'merged', 'exchanges', 'called', 'flat', 'plain',
+           'spoken', 'is_spoken', 'turns_of', 'Chats', 'conversation', 'turns_in', 'pair', 'is_alpaca', 'history_of',
+           'table_row', 'alpaca_row', 'Shape', 'shape_of', 'expand', 'check_columns', 'renamed']
 
 # %% ../nbs/data/shapes.ipynb #ac8f7407
 import ast, json, re
@@ -97,42 +97,48 @@ def exchanges(turns:list[Turn], base:dict, # the fields that all rows share
 
 # %% ../nbs/data/shapes.ipynb #3b84477c
 SPELLINGS = dict(
-    character=('character', 'char', 'char_name', 'role_name', 'bot_name', 'character_name', 'name'),
+    character=('character', 'char', 'char_name', 'role_name', 'bot_name', 'character_name', 'name', 'npc'),
     instruction=('persona', 'system', 'system_prompt', 'instruction', 'bot_info', 'bot_description',
                  'character_profile'),
     user=('user', 'question', 'query', 'input', 'prompt', 'line', 'human', 'instruction_text',
           'user_message', 'user message', 'human_message'),
     reply=('reply', 'assisstant', 'assistant', 'output', 'response', 'answer', 'completion', 'bot', 'target', 'gpt',
-           'bot_response', 'bot response', 'assistant_message', 'ai_response', 'model_output'),
+           'bot_response', 'bot response', 'response text', 'response_text', 'assistant_message', 'ai_response',
+           'model_output'),
     lang=('lang', 'language'), source=('source',), scene=('scene', 'conversation_id'))
 ROLES = {'human': 'user', 'gpt': 'assistant', 'model': 'assistant',
          'bot': 'assistant', 'char': 'assistant', 'chatgpt': 'assistant', 'ai': 'assistant', 'prompter': 'user',
          'developer': 'system', 'user': 'user', 'assistant': 'assistant', 'system': 'system', 'function': 'tool',
          'tool': 'tool', 'observation': 'tool', 'ipython': 'tool', 'function_call': 'call', 'tool_call': 'call',
          'tool_response': 'tool'}
-_WHO = ('from', 'role', 'speaker', 'sender', 'author', 'character', 'name', 'sender_name', 'user', 'username')
-_WHAT = ('value', 'content', 'text', 'message', 'mes', 'utterance', 'data', 'body', 'parts')
+_WHO = ('from', 'role', 'speaker', 'sender', 'author', 'character', 'name', 'sender_name', 'user', 'username',
+        'commenter', 'npcname', 'agent', 'names', 'speakers')
+_WHAT = ('value', 'content', 'text', 'message', 'mes', 'utterance', 'data', 'body', 'parts', 'transcript', 'utterances')
 
 # %% ../nbs/data/shapes.ipynb #d150734a
-def _named(v):
-    "What a value says as a name; a number is one, a switch is none."
+def called(v):
+    "What a value says as a name; a number is one, a switch is none, several are one together."
     if isinstance(v, bool): return None
+    if isinstance(v, list): return ' & '.join(map(str, v)) or None
+    if isinstance(v, str) and (m := re.fullmatch(r'@([^:\s]+):[\w.-]+', v)): return m[1] # on Matrix
     if isinstance(v, dict): return next((str(n) for k, n in v.items() if 'name' in str(k).lower()), None)
     return str(v) if isinstance(v, (int, float)) else v
 
+# %% ../nbs/data/shapes.ipynb #1331d5bc
 def flat(o:dict, # an item
          names:dict=SPELLINGS) -> dict:
     "Map the known spellings of columns onto the fields; a number that names something is its name."
     found = {f: next((o[s] for s in spelt if o.get(s) is not None), None) for f, spelt in names.items()}
-    return found | {f: _named(found.get(f)) for f in ('character', 'lang', 'source', 'scene') if f in found}
+    return found | {f: called(found.get(f)) for f in ('character', 'lang', 'source', 'scene') if f in found}
 
 def plain(v):
     "The text of a turn that may come in parts; what else it is, stays as it is."
-    if not isinstance(v, list): return v
     def text(p):
-        if isinstance(p, dict): return text(next((p[k] for k in ('text', 'value') if p.get(k)), ''))
+        if isinstance(p, dict): return text(next((p[k] for k in ('text', 'value', 'body') if p.get(k)), ''))
         return p if isinstance(p, str) else ''
-    return ''.join(map(text, v))
+    if isinstance(v, dict): return text(v) or v
+    if not isinstance(v, list): return v
+    return (' ' if all(isinstance(p, str) for p in v) else '').join(map(text, v))
 
 def spoken(text) -> list[tuple[str,str]]: # (speaker, text)
     "The turns of a talk in one text, a line each."
@@ -149,7 +155,7 @@ def _speaker(t:dict, who:str) -> str: # 'user', 'assistant', 'system', 'tool', '
     for k in ('is_human', 'is_user', 'iscreatedbyuser', 'userid'):
         if k in t: return 'user' if t[k] else 'assistant'
     if 'is_bot' in t: return 'assistant' if t['is_bot'] else 'user'
-    said = next((str(n) for k in _WHO if (n := _named(t.get(k)))), '')
+    said = next((str(n) for k in _WHO if (n := called(t.get(k)))), '')
     if not said and str(t.get('type')).lower() in ROLES: said = str(t['type'])
     if who and said.casefold() == who.casefold(): return 'assistant'
     return ROLES.get(said.lower(), said)
@@ -223,16 +229,23 @@ def _from_cell(text:str):
         except (ValueError, SyntaxError, RecursionError, MemoryError): pass
     return [dict(speaker=w, text=t) for w, t in spoken(text)] or text
 
+# %% ../nbs/data/shapes.ipynb #f1423ecd
+def _speaking(texts:list[str], speakers) -> list[dict]: # from a column beside them, or None
+    "Bare texts as turns: who speaks stands beside them, or before each, or they take turns."
+    beside = isinstance(speakers, list) and len(speakers) == len(texts)
+    named = [p for t in texts for p in spoken(t)]
+    if len(named) != len(texts) or len(dict(named)) < 2:
+        named = zip(speakers if beside else ('user', 'assistant')*len(texts), texts)
+    return [dict(speaker=w, text=t) for w, t in named]
+
 def _turn_list(turns, speakers=None) -> list|str: # or why it is none
     "A list of turns, also from a cell of a csv file; of bare texts, who speaks them, or by turns."
     if isinstance(turns, str): turns = _from_cell(turns)
     if isinstance(turns, dict): # of Open WebUI, or Backyard
-        turns = next((v for v in (turns.get('messages'), *turns.values())
-                      if isinstance(v, list) and v and isinstance(v[0], dict)), turns)
+        lists = [v for v in (turns.get('messages'), *turns.values()) if isinstance(v, list) and v]
+        turns = next((v for v in lists if isinstance(v[0], dict)), turns)
     if not isinstance(turns, list): return 'its conversation is not a list'
-    if not turns or not all(isinstance(t, str) for t in turns): return turns
-    who = speakers if isinstance(speakers, list) and len(speakers) == len(turns) else ('user', 'assistant')*len(turns)
-    return [dict(speaker=w, text=t) for w, t in zip(who, turns)]
+    return _speaking(turns, speakers) if turns and all(isinstance(t, str) for t in turns) else turns
 
 # %% ../nbs/data/shapes.ipynb #c81b5e32
 def conversation(o:dict, turns, # an item, and its list of turns
@@ -248,6 +261,8 @@ def conversation(o:dict, turns, # an item, and its list of turns
         else: said += got
     if _named_turns(said, who):
         return [*reasons, Chats([[(t.role or 'unnamed', t.text, 0) for t in said if isinstance(t.text, str)]])]
+    if [t.role for t in said].count('system') > 1 and {t.role for t in said} == {'user', 'system'}:
+        for t in said: t.role = t.role.replace('system', 'assistant') # of a dialogue system
     kept, persona, why = _sorted_out(said)
     if mark := marked_bad(o): return [*reasons, *why, f'a reply marked bad ({mark}): not learned']
     base['instruction'] = persona or base['instruction']
@@ -259,6 +274,7 @@ _END = (r'<\|(?:im_end|end|eot_id|eot|endoftext|end_of_text|begin_of_text|return
         r'|<end_of_turn>|</?s>|<eos>|<bos>')
 _NAMES = r'system|user|assistant|human|gpt|bot|model|instruction|input|response|问|答|用户|助手|指令|输入|回答'
 RENDERED = {
+    "a card's examples": r'(?:^|\n)[^\S\n]*\{\{(char|user)\}\}[^\S\n]*[:：]\s*',
     'ChatML': r'<\|im_start\|>\s*(\w+)[^\S\n]*\n?',
             'Llama 3': r'<\|start_header_id\|>\s*(\w+)\s*<\|end_header_id\|>\s*',
     'Gemma': r'<start_of_turn>\s*(\w+)[^\S\n]*\n?',
@@ -432,6 +448,7 @@ def _talk(o, scene, names):
     return conversation(o | more, next(o[k] for k in TALK.split('|') if o.get(k) is not None), scene)
 
 def _titled(o, scene, names): return conversation({}, o['chat_messages'], scene) # its name is a title
+def _told(o, scene, names): return conversation(o, o['history'], scene)
 def _by_turns(o, scene, names): return conversation(o, o['data'], scene)
 
 def _best_branch(o, scene, names):
@@ -470,6 +487,7 @@ SHAPES = (
     Shape('ChatHaruhi', ('context', 'target'), _haruhi),
     Shape('prompt and completion', ('prompt', 'completion'), _asked),
     Shape('lines by turns', ('data',), _by_turns, ('',)),
+    Shape('conversations', ('history',), _told, ('role|from', 'content|value')),
     Shape('a rendered chat', ('text',), _text))
 ROW = Shape('a table of lines and replies', ('user', 'reply'), table_row)
 ALPACA = Shape('Alpaca instructions', ('instruction', 'output'), alpaca_row)
@@ -481,6 +499,7 @@ def shape_of(o:dict, names:dict=SPELLINGS) -> Shape|None:
     also = ALPACA if is_alpaca(o) else ROW if all(any(k in o for k in names[f]) for f in ('user', 'reply')) else None
     def talks(s):
         if s.read is _talk and also: return not isinstance(_first(o, *TALK.split('|')), str) # a column of that name
+        if s.read is _told: return not also
         return s.read is not _text or turns_in(o['text'])[0] or not also and is_spoken(o['text'])
     return next((s for s in SHAPES if s.fits(o) and talks(s)), also)
 
