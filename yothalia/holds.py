@@ -260,10 +260,10 @@ def plot_holds(records:list[dict]):
     "Left: what is left when somebody pushes or insists; right: what is left after so many turns."
     import matplotlib.pyplot as plt
     fig, axs = plt.subplots(1, 2, figsize=(9, 2.8), layout='constrained', sharey=True)
-    for r in records:
+    for r in sorted(records, key=lambda r: list(CONDITIONS).index(r['what']['condition'])):
         drift = r['what']['part'] == 'drift'
         _plot_part(r, axs[int(drift)], drift)
-    axs[0].set(xticks=range(3), xticklabels=BREAKS, ylabel='taken for the character\'s', ylim=(-.03, 1.03))
+    axs[0].set(xticks=range(3), xticklabels=BREAKS, ylabel='taken for the character\'s', ylim=(-.02, None))
     axs[1].set(xlabel='turns of talk before')
     axs[0].legend(frameon=False, fontsize=8)
     for ax in axs: ax.grid(axis='y', alpha=.25)
