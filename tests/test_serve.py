@@ -62,6 +62,9 @@ def test_its_other_endpoints(server):
     assert next(e.text for e in events if e.type == 'response.output_text.done') == whole.output_text == events[-1].response.output_text
     assert events[-1].type == f'response.{whole.status}'
     text = client.completions.create(model='queen-of-hearts', prompt='Once upon a time,', max_tokens=4, temperature=0).choices[0].text
+    told = client.completions.create(model='queen-of-hearts', prompt='Once upon a time,', max_tokens=4, temperature=0, echo=True, logprobs=1).choices[0]
+    assert told.text == 'Once upon a time,' + text == ''.join(told.logprobs.tokens) and told.logprobs.token_logprobs[0] is None and max(told.logprobs.token_logprobs[1:]) < 0
+    assert [told.text[o:][:len(t)] for o, t in zip(told.logprobs.text_offset, told.logprobs.tokens)] == told.logprobs.tokens
     assert text == ''.join(e.choices[0].text for e in client.completions.create(model='queen-of-hearts', prompt='Once upon a time,', max_tokens=4, temperature=0, stream=True))
     with pytest.raises(openai.NotFoundError, match='not served here'): client.embeddings.create(model='queen-of-hearts', input='x')
 

@@ -132,14 +132,14 @@ class ChatAnswer(Answer):
             yield self.head('chat.completion.chunk') | dict(choices=[], usage=self.usage())
 
 # %% ../nbs/chat/answers.ipynb #022c794a
-def older(content:list[dict], before:int=0 # from `logprobs_of`; characters that stand before them
+def older(content:list[dict] # from `weights_of`
          ) -> dict:
     "The same in the older form of completions, in which a text stands for its token."
     texts = [o['token'] for o in content]
     def top(o): return {t['token']: t['logprob'] for t in (*o['top_logprobs'], o)}
     return dict(tokens=texts, token_logprobs=[o['logprob'] for o in content],
                 top_logprobs=[top(o) if o['logprob'] is not None else None for o in content],
-                text_offset=list(itertools.accumulate(map(len, texts), initial=before))[:-1])
+                text_offset=list(itertools.accumulate(map(len, texts), initial=0))[:-1])
 
 class TextAnswer(ChatAnswer):
     "The answer of `/v1/completions`."
