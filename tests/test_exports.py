@@ -7,6 +7,7 @@ from yothalia.cleaning import clean_rows
 from yothalia.data import DataConfig, labelled, prepare
 from yothalia.files import DataError
 from yothalia.rows import Reading, read_rows
+from yothalia.runner import plan, step_keys
 
 ROOT = Path(__file__).parents[1]
 LINES = ['Is the tea haunted?', 'Who dusts the spoons?', 'Do you take coins?', 'May I sit?', 'What is that noise?', 'Are you dead?']
@@ -145,6 +146,17 @@ def test_refused_with_a_remedy(tmp_path, name):
     content, says = REFUSED[name]
     with pytest.raises(DataError) as e: read_rows(write(tmp_path, name, content))
     assert says in str(e.value), str(e.value)
+
+
+def test_a_folder_is_read_as_its_zip(tmp_path):
+    "A character's folder of chats, as front ends keep it, whatever else lies there; the run begins anew where a chat is added."
+    chats = tmp_path/'Ghost'; (chats/'old').mkdir(parents=True)
+    for k, (q, a) in enumerate(PAIRS): write(chats/'old' if k < 2 else chats, f'{k}.jsonl', '\n'.join(json.dumps(dict(name=w, is_user=w == 'Mara', mes=t)) for w, t in (('Mara', q), ('Ghost', a))))
+    write(chats, 'face.jpg', 'x'); write(chats, '.DS_Store', 'x')
+    got = read_rows(chats, character='Ghost')
+    assert sorted(r['reply'] for r in got.rows) == sorted(REPLIES) and sorted(r['user'] for r in got.rows) == sorted(LINES)
+    before = step_keys(plan({}, [f'data={chats}'], ['01_data'])); write(chats, 'new.txt', 'Mara: Hm?\nGhost: Boo.')
+    assert step_keys(plan({}, [f'data={chats}'], ['01_data'])) != before
 
 
 def test_headless_by_numbers(tmp_path):

@@ -118,7 +118,7 @@ def first_line(path:Path) -> str:
 
 # %% ../nbs/run/commands.ipynb #c64ffeb8
 @app.command()
-def check(data: Annotated[str, typer.Argument(help='a file, "sample", or a data set by name')],
+def check(data: Annotated[str, typer.Argument(help='a file or a folder of them, "sample", or a data set by name')],
           parameter: Parameters=[],
           model: Annotated[str, typer.Option(help='whose time and memory is estimated')]='smollm2-135m'):
     "Look at a file before anything runs: rows, languages, turns, split, questions, time and memory."

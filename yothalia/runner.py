@@ -6,8 +6,9 @@
 __all__ = ['JOBS', 'STEPS', 'MIN_DISK', 'PLAIN_ERRORS', 'Job', 'RunError', 'room', 'job_of', 'job_notebook', 'known_steps',
            'notebook_parameters', 'parameters_cell', 'parameter_table', 'refuse_unknown', 'wanted', 'unheard', 'Within',
            'sized', 'default_recipe', 'needs_rows', 'config_class', 'checked', 'plan', 'Kept', 'code_hash',
-           'planned_for', 'refuse_away', 'look_first', 'step_keys', 'done_mark', 'is_done', 'without_lessons', 'as_job',
-           'Interrupted', 'ProgressFile', 'kernel_options', 'explained', 'run_notebook', 'run_all', 'run_step']
+           'planned_for', 'refuse_away', 'look_first', 'rows_hash', 'step_keys', 'done_mark', 'is_done',
+           'without_lessons', 'as_job', 'Interrupted', 'ProgressFile', 'kernel_options', 'explained', 'run_notebook',
+           'run_all', 'run_step']
 
 # %% ../nbs/run/runner.ipynb #64c1528f
 import ast, functools, importlib, json, os, re, shutil, tempfile, threading, time
@@ -17,6 +18,7 @@ import yaml
 from filelock import FileLock, Timeout
 from rich.console import Console
 from .core import *
+from .files import folder_files
 from .models import find_adapter, find_chat, find_memory, find_model, find_precision, is_api, run_chat_template
 
 # %% ../nbs/run/runner.ipynb #91c8a2cd
@@ -301,6 +303,11 @@ def _sources(path:Path) -> str:
     "A hash of a notebook's sources, whatever its outputs."
     return content_hash([''.join(c['source']) for c in json.loads(path.read_text(encoding='utf-8'))['cells']])
 
+def rows_hash(data:Path) -> str: # empty for what is no file here
+    "A hash of a file of rows, or of a folder of them."
+    if data.is_dir(): return content_hash(*folder_files(data))
+    return content_hash(data) if data.is_file() else ''
+
 def step_keys(planned:dict[str,Config],
               folder:Path|None=None # the run's, where an earlier run may have chosen a prompt template
              ) -> dict[str,str]: # step → key
@@ -311,8 +318,7 @@ def step_keys(planned:dict[str,Config],
                   if r['what'].get('chosen')]
     keys, before = {}, content_hash(code_hash(), chosen or 'persona')
     for step, c in planned.items():
-        file = rooted(c.data) if step == '01_data' else None
-        rows = content_hash(file) if file and file.is_file() else ''
+        rows = rows_hash(rooted(c.data)) if step == '01_data' else ''
         asked = keys.get('04_benchmark', '') if JOBS[step].asks else ''
         keys[step] = content_hash(step, c.model_dump(), _sources(job_notebook(step)), rows,
                                   code_hash() if step == '01_data' else before, asked)
