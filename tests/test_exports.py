@@ -106,6 +106,17 @@ SIX = {
     'topics.csv': ('QUEST,TOPIC,PROMPT,RESPONSE TEXT\n' + each(lambda i, q, a: f'Q{i},T,"{q}","{a}"'), ''),
     'empathetic.csv': ('conv_id,utterance_idx,context,prompt,speaker_idx,utterance\n' + each(lambda i, q, a: f'c{i},1,calm,I had tea,7,{q}\nc{i},2,calm,I had tea,9,{a.replace(",", "_comma_")}'), '9'),
     'a talk in a cell.csv': ('user 1 personas,user 2 personas,Best Generated Conversation\n' + each(lambda i, q, a: f'Dusts.,Haunts.,"User 1: {q}\nUser 2: {a}"'), 'User 2'),
+    'kaggle lines.csv': ('Speaker,Dialogue\n' + each(lambda i, q, a: f'MARA,"{q}"\nGHOST,"{a}"'), 'GHOST'),
+    'counsel.csv': ('Context,Response\n' + each(lambda i, q, a: f'"{q}","{a}"'), ''),
+    'player.csv': ('Player,NPC\n' + each(lambda i, q, a: f'"{q}","{a}"'), ''),
+    'columns in Chinese.csv': ('角色,问题,回答\n' + each(lambda i, q, a: f'幽灵,"{q}","{a}"'), ''),
+    'lines in Chinese.csv': ('角色,台词\n' + each(lambda i, q, a: f'玛拉,"{q}"\n幽灵,"{a}"'), '幽灵'),
+    'pairs.json': (json.dumps(PAIRS), ''),
+    'arrays.jsonl': ('\n'.join(map(json.dumps, PAIRS)), ''),
+    'by turns.json': (json.dumps([t for pair in PAIRS for t in pair]), ''),
+    'behind each other.json': ('\n'.join(json.dumps(dict(user=q, reply=a), indent=2) for q, a in PAIRS), ''),
+    'intents.json': (json.dumps(dict(intents=[dict(tag=str(i), patterns=[q], responses=[a]) for i, (q, a) in enumerate(PAIRS)])), ''),
+    'drawn.md': ('| User | Bot |\n| --- | :-: |\n' + each(lambda i, q, a: f'| {q} | {a} |'), ''),
     'you.json': (json.dumps(dict(char_name='Ghost', char_persona='Keeps tea.', char_greeting='Boo.', example_dialogue=each(lambda i, q, a: f'You: {q}\nGhost: {a}'))), ''),
 }
 
@@ -208,7 +219,7 @@ def changed(o, rng):
 def mutated(name, content, rng):
     b = content if isinstance(content, bytes) else content.encode('utf-8')
     how = rng.randrange(5)
-    if how == 0 and name.endswith(('.json', '.jsonl')):
+    if how == 0 and name.endswith(('.json', '.jsonl')) and 'behind' not in name:
         lines = [b.decode()] if name.endswith('.json') else b.decode().split('\n')
         k = rng.choice([i for i, l in enumerate(lines) if l])
         lines[k] = json.dumps(changed(json.loads(lines[k]), rng))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_BYTES', 'SUFFIXES', 'INSTEAD', 'UNPACKING', 'ENCODINGS', 'DataError', 'folder_files', 'read_bytes', 'near_file',
-           'plausibility', 'candidates', 'differing', 'decoded', 'table_mark', 'Header', 'table_items', 'as_item',
-           'json_lines', 'json_root', 'yaml_as_json', 'parquet_items']
+           'plausibility', 'candidates', 'differing', 'decoded', 'table_mark', 'Header', 'drawn_table', 'table_items',
+           'as_item', 'json_lines', 'json_root', 'yaml_as_json', 'parquet_items']
 
 # %% ../nbs/data/files.ipynb #86716c9c
 import csv, gzip, io, json, lzma, re, zipfile, zlib
@@ -238,6 +238,14 @@ class Header(list):
         low = [h.strip().lower() for h in self]
         return [h if low[:i].count(h) == 0 else f'{h}#{low[:i].count(h)+1}' for i, h in enumerate(low)]
 
+# %% ../nbs/data/files.ipynb #508f5aa0
+def drawn_table(text:str) -> str: # the same with tabs; empty if it is none
+    "A Markdown table as a table of columns."
+    lines = [l.strip() for l in text.splitlines() if l.strip()]
+    if len(lines) < 3 or not all(l.startswith('|') and l.endswith('|') for l in lines): return ''
+    if not re.fullmatch(r'\|(?:\s*:?-+:?\s*\|)+', lines[1]): return ''
+    return '\n'.join('\t'.join(c.strip() for c in re.split(r'(?<!\\)\|', l)[1:-1]) for l in (lines[0], *lines[2:]))
+
 # %% ../nbs/data/files.ipynb #45f76b1a
 def table_items(name:str, text:str) -> Iterator[tuple[int, Header|dict|str]]:
     "Yield (line, header, dict or reason) for each row of CSV text (RFC 4180), the header first."
@@ -261,9 +269,10 @@ def table_items(name:str, text:str) -> Iterator[tuple[int, Header|dict|str]]:
 
 # %% ../nbs/data/files.ipynb #dcb97104
 def as_item(o) -> dict|str:
-    "The object with lower-case keys, a list of turns as a conversation, or the reason why it is neither."
+    "The object with lower-case keys, a list of turns or texts as a conversation, or the reason why it is neither."
     if isinstance(o, dict): return {str(k).lower(): v for k, v in o.items()}
     if isinstance(o, list) and o and all(isinstance(t, dict) for t in o): return dict(messages=o)
+    if isinstance(o, list) and len(o) > 1 and all(isinstance(t, str) for t in o): return dict(dialog=o)
     return f'a {type(o).__name__} where an object was expected'
 
 def json_lines(text:str) -> Iterator[tuple[int, dict|str]]:
@@ -273,12 +282,23 @@ def json_lines(text:str) -> Iterator[tuple[int, dict|str]]:
         try: yield i, as_item(json.loads(l))
         except (ValueError, RecursionError) as e: yield i, f'not JSON: {e}'
 
+# %% ../nbs/data/files.ipynb #381b739b
+def _one_after_another(text:str) -> list|None: # None where each stands on a line of its own
+    "Objects of several lines each, one behind the other."
+    out, at, read = [], 0, json.JSONDecoder().raw_decode
+    try:
+        while m := re.compile(r'[\s,]*(?=[{\[])').match(text, at):
+            o, at = read(text, m.end())
+            out.append(o)
+    except (ValueError, RecursionError): return None
+    return out if text.count('\n', 0, at) > len(out) and not text[at:].strip() else None
+
 def json_root(name:str, text:str):
     "What a JSON file holds; a `DataError` that says where it is damaged, None for JSON Lines under another name."
     try: return json.loads(text)
     except RecursionError: raise DataError(f'{name} is nested too deeply to be rows.') from None
     except ValueError as e:
-        if 'Extra data' in str(e): return None
+        if 'Extra data' in str(e): return _one_after_another(text)
         raise DataError(f'{name} line {getattr(e, "lineno", 1)} is not JSON: {e}') from None
 
 # %% ../nbs/data/files.ipynb #0080a172

@@ -394,9 +394,9 @@ def stamped_chats(lines:list[str], kind:str, # of `STAMPS`
 TURN_COLUMNS = dict(
     who=('speaker', 'sender', 'author', 'talker', 'sender_name', 'nickname', 'raw_character_text', 'player',
          'character',
-         'username', 'from', 'role', 'name', 'user', 'npcname', 'speaker_idx', 'speaker_id', 'agent'),
+         'username', 'from', 'role', 'name', 'user', 'npcname', 'speaker_idx', 'speaker_id', 'agent', '角色', '说话人'),
     text=('text', 'message', 'msg', 'content', 'utterance', 'body', 'spoken_words', 'playerline', 'strcontent', 'line',
-          'dialogue', 'quote', 'value', 'transcript', 'english'),
+          'dialogue', 'quote', 'value', 'transcript', 'english', '台词', '内容'),
     scene=('conversation_id', 'conv_id', 'dialog_id', 'dialogue_id', 'conversation', 'chat_id', 'session_id', 'thread',
            'channel',
            'room_name', 'scene', 'episode', 'episode_id', 'play'),

@@ -97,14 +97,14 @@ def exchanges(turns:list[Turn], base:dict, # the fields that all rows share
 
 # %% ../nbs/data/shapes.ipynb #3b84477c
 SPELLINGS = dict(
-    character=('character', 'char', 'char_name', 'role_name', 'bot_name', 'character_name', 'name', 'npc'),
+    character=('character', 'char', 'char_name', 'role_name', 'bot_name', 'character_name', 'name', '角色', '角色名'),
     instruction=('persona', 'system', 'system_prompt', 'instruction', 'bot_info', 'bot_description',
                  'character_profile'),
     user=('user', 'question', 'query', 'input', 'prompt', 'line', 'human', 'instruction_text',
-          'user_message', 'user message', 'human_message'),
+          'user_message', 'user message', 'human_message', 'input_text', 'player', 'frage', '问题', '提问', 'q', 'context'),
     reply=('reply', 'assisstant', 'assistant', 'output', 'response', 'answer', 'completion', 'bot', 'target', 'gpt',
            'bot_response', 'bot response', 'response text', 'response_text', 'assistant_message', 'ai_response',
-           'model_output'),
+           'model_output', 'target_text', 'ai', 'npc', 'antwort', '回答', '回复', 'a'),
     lang=('lang', 'language'), source=('source',), scene=('scene', 'conversation_id'))
 ROLES = {'human': 'user', 'gpt': 'assistant', 'model': 'assistant',
          'bot': 'assistant', 'char': 'assistant', 'chatgpt': 'assistant', 'ai': 'assistant', 'prompter': 'user',
@@ -447,7 +447,11 @@ def _talk(o, scene, names):
         more = more | dict(system=plain(told.get('parts')))
     return conversation(o | more, next(o[k] for k in TALK.split('|') if o.get(k) is not None), scene)
 
+# %% ../nbs/data/shapes.ipynb #e8388a2c
 def _titled(o, scene, names): return conversation({}, o['chat_messages'], scene) # its name is a title
+def _intent(o, scene, names): # what may be said, and what may be answered
+    return [r for k, p in enumerate(o['patterns'])
+            for r in table_row(dict(user=p, reply=o['responses'][k % len(o['responses'])]), scene, SPELLINGS)]
 def _told(o, scene, names): return conversation(o, o['history'], scene)
 def _by_turns(o, scene, names): return conversation(o, o['data'], scene)
 
@@ -486,6 +490,7 @@ SHAPES = (
     Shape('CharacterEval', ('role', 'context'), _charactereval),
     Shape('ChatHaruhi', ('context', 'target'), _haruhi),
     Shape('prompt and completion', ('prompt', 'completion'), _asked),
+    Shape('intents of a chat bot', ('patterns', 'responses'), _intent),
     Shape('lines by turns', ('data',), _by_turns, ('',)),
     Shape('conversations', ('history',), _told, ('role|from', 'content|value')),
     Shape('a rendered chat', ('text',), _text))
@@ -498,7 +503,8 @@ def shape_of(o:dict, names:dict=SPELLINGS) -> Shape|None:
     if names is not SPELLINGS: return ROW
     also = ALPACA if is_alpaca(o) else ROW if all(any(k in o for k in names[f]) for f in ('user', 'reply')) else None
     def talks(s):
-        if s.read is _talk and also: return not isinstance(_first(o, *TALK.split('|')), str) # a column of that name
+        if s.read is _talk and isinstance(cell := _first(o, *TALK.split('|')), str): # of a column of that name
+            return not also and _from_cell(cell) != cell
         if s.read is _told: return not also
         return s.read is not _text or turns_in(o['text'])[0] or not also and is_spoken(o['text'])
     return next((s for s in SHAPES if s.fits(o) and talks(s)), also)
