@@ -146,6 +146,8 @@ REFUSED = {
     'western.csv': ('question,answer\nLit?,"It’s lit – how naïve"\n'.encode('cp1252'), 'naïve'),
     'shift.csv': ('question,answer\n霧は,北東が一番濃いのです。\n'.encode('cp932'), 'encoding=cp932'),
     'header.csv': ('question,answer\n', 'a header only'),
+    'instructions alone.json': (json.dumps([dict(messages=[dict(role='system', content='A ghost.'), dict(role='system', content='Be kind.'), dict(role='user', content='Lit?')])]), 'not answered'),
+    'no responses.json': (json.dumps(dict(intents=[dict(patterns=['Lit?'], responses=[])])), 'damaged'),
     'who.txt': ('Mara: Hi\nGhost: Boo\nMara: Oh\nGhost: Boo', 'Say character=NAME. Speakers: Mara (2), Ghost (2)'),
     'play.xml': ('<PLAY><SPEECH><SPEAKER>GHOST</SPEAKER></SPEECH></PLAY>', 'in a .txt file'),
     'odd.jsonl': ('{"prompt": "Hi", "mood": 3}\n', 'it lacks completion'),
@@ -163,11 +165,11 @@ def test_a_folder_is_read_as_its_zip(tmp_path):
     "A character's folder of chats, as front ends keep it, whatever else lies there; the run begins anew where a chat is added."
     chats = tmp_path/'Ghost'; (chats/'old').mkdir(parents=True)
     for k, (q, a) in enumerate(PAIRS): write(chats/'old' if k < 2 else chats, f'{k}.jsonl', '\n'.join(json.dumps(dict(name=w, is_user=w == 'Mara', mes=t)) for w, t in (('Mara', q), ('Ghost', a))))
-    write(chats, 'face.jpg', 'x'); write(chats, '.DS_Store', 'x')
+    write(chats, 'face.jpg', 'x'); write(chats, '.notes.txt', 'x')
     got = read_rows(chats, character='Ghost')
     assert sorted(r['reply'] for r in got.rows) == sorted(REPLIES) and sorted(r['user'] for r in got.rows) == sorted(LINES)
-    before = step_keys(plan({}, [f'data={chats}'], ['01_data'])); write(chats, 'new.txt', 'Mara: Hm?\nGhost: Boo.')
-    assert step_keys(plan({}, [f'data={chats}'], ['01_data'])) != before
+    before = step_keys(plan({}, [f'data={chats}'], ['01_data'])); write(chats, '_chat.txt', 'Mara: Hm?\nGhost: Boo.')
+    assert step_keys(plan({}, [f'data={chats}'], ['01_data'])) != before and len(read_rows(chats, character='Ghost').rows) == 7 # as WhatsApp calls it
 
 
 def test_headless_by_numbers(tmp_path):

@@ -261,7 +261,7 @@ def conversation(o:dict, turns, # an item, and its list of turns
         else: said += got
     if _named_turns(said, who):
         return [*reasons, Chats([[(t.role or 'unnamed', t.text, 0) for t in said if isinstance(t.text, str)]])]
-    if [t.role for t in said].count('system') > 1 and {t.role for t in said} == {'user', 'system'}:
+    if said and said[0].role == 'user' and {t.role for t in said} == {'user', 'system'}:
         for t in said: t.role = t.role.replace('system', 'assistant') # of a dialogue system
     kept, persona, why = _sorted_out(said)
     if mark := marked_bad(o): return [*reasons, *why, f'a reply marked bad ({mark}): not learned']
@@ -451,7 +451,7 @@ def _talk(o, scene, names):
 def _titled(o, scene, names): return conversation({}, o['chat_messages'], scene) # its name is a title
 def _intent(o, scene, names): # what may be said, and what may be answered
     return [r for k, p in enumerate(o['patterns'])
-            for r in table_row(dict(user=p, reply=o['responses'][k % len(o['responses'])]), scene, SPELLINGS)]
+            for r in table_row(dict(user=p, reply=o['responses'][k % max(1, len(o['responses']))]), scene, SPELLINGS)]
 def _told(o, scene, names): return conversation(o, o['history'], scene)
 def _by_turns(o, scene, names): return conversation(o, o['data'], scene)
 
@@ -490,7 +490,7 @@ SHAPES = (
     Shape('CharacterEval', ('role', 'context'), _charactereval),
     Shape('ChatHaruhi', ('context', 'target'), _haruhi),
     Shape('prompt and completion', ('prompt', 'completion'), _asked),
-    Shape('intents of a chat bot', ('patterns', 'responses'), _intent),
+    Shape('intents of a chat bot', ('patterns', 'responses'), _intent, ('',)),
     Shape('lines by turns', ('data',), _by_turns, ('',)),
     Shape('conversations', ('history',), _told, ('role|from', 'content|value')),
     Shape('a rendered chat', ('text',), _text))
