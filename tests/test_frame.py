@@ -173,14 +173,13 @@ def test_papermill_reads_the_parameters(step):
 
 
 TYPED = {'benchmark/public.ipynb'}  # quotes what others have published
-LATER = {'studies/sweep.ipynb'}      # told from records that are to be made again
 
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=NAMES)
 def test_measured_numbers_are_filled_in(path):
     "What is said of a measurement comes from its record: no share and no fraction is typed (1.5 is a model's name)."
     name, inside, found = path.relative_to(ROOT/'nbs').as_posix(), False, []
-    if name in TYPED | LATER: return
+    if name in TYPED: return
     for c in cells(path):
         if c['cell_type'] != 'markdown': continue
         for h in re.findall(r'^## (.*)$', source(c), re.M): inside = bool(re.search(r'real \w+ gave', h))

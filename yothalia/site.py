@@ -148,6 +148,8 @@ GLANCE = [
     Number('Replies with an assistant\'s phrases, when somebody insists: told', 'holds', 'holds',
            'assistant phrases, insisted', _told | _break),
     Number('… told and fine-tuned', 'holds', 'holds', 'assistant phrases, insisted', _tuned | _break),
+    Number('… of a 1.5B model, pushed once: told', 'holds_qwen', 'holds', 'assistant phrases, pushed', _told | _break),
+    Number('… told and fine-tuned', 'holds_qwen', 'holds', 'assistant phrases, pushed', _tuned | _break),
     Number('Sixteen clients at once, times as fast as one after the other', 'engine', 'engine', 'times')]
 
 # %% ../nbs/run/site.ipynb #06bde9e8
