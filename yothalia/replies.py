@@ -14,9 +14,10 @@ __all__ = ['ASSISTANT', 'COPY', 'LOOPS', 'MEANS', 'CONTROLS', 'FACTS', 'GREETING
 # %% ../nbs/benchmark/replies.ipynb #a7a00004
 import functools, html, re
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 import numpy as np, pandas as pd
-from fastcore.basics import patch
+from fastcore.basics import groupby, patch
 from .core import *
 from .models import *
 from .data import data_hash, personas
@@ -76,15 +77,17 @@ def hidden_names(rows:list[dict]) -> list[dict]:
     return [r | dict(reply=t) for r, t in zip(rows, masked([r['reply'] for r in rows], rows))]
 
 # %% ../nbs/benchmark/replies.ipynb #21e51bc1
-def with_rivals(authors:list[dict], base:list[dict] # rows; what the base model said
+def with_rivals(authors:list[dict], base:list[dict] # rows; what the base model said to the lines that are asked
                ) -> list[dict]: # rows to learn from
-    "The authors' rows; for a language with one character, also the shipped characters' and the base model's replies."
-    out = list(authors)
-    for lang in sorted({r['lang'] for r in authors}):
-        names = {r['character'] for r in authors if r['lang'] == lang}
+    "Rows of the characters that are asked; where it is one alone, also the shipped characters and the base model."
+    said, out = groupby(base, itemgetter('lang')), []
+    for lang, rows in groupby(authors, itemgetter('lang')).items():
+        names = {r['character'] for r in rows}
+        known = names & {o['character'] for o in said.get(lang, [])}
+        out += [r for r in rows if r['character'] in known or len(known) < 2]
         if len(names) > 1: continue
         out += [r for r in sample_rows() if r['lang'] == lang and r['character'] not in names]
-        out += [o | dict(character='base model') for o in base if o['lang'] == lang]
+        out += [o | dict(character='base model') for o in said.get(lang, [])]
     return out
 
 # %% ../nbs/benchmark/replies.ipynb #79a070de
