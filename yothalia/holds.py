@@ -13,14 +13,13 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from .core import *
 from .models import *
-from .data import personas
 from .packing import example_nll
 from .prompts import *
 from .runs import *
 from .questions import row_id
 from .stats import mean_metric
-from .replies import (ASSISTANT, SpokenConfig, asked_lines, by_luck, gains_in_words, mean_of, next_turn,
-                              own_probability, points, replies_of, with_rivals)
+from .replies import (ASSISTANT, SpokenConfig, asked_lines, by_luck, gains_in_words, heard_conditions,
+                              mean_of, next_turn, own_probability, points, replies_of, with_rivals)
 
 # %% ../nbs/benchmark/holds.ipynb #42b8f6dd
 class HoldsConfig(SpokenConfig):
@@ -194,8 +193,8 @@ def measure_holds(cfg:HoldsConfig, run:Run) -> list[dict]: # records
     asked = asked_lines(run.rows('test'), cfg.characters, cfg.lines, cfg.seed)
     plain = replies_of(cfg, run, asked, 'base', BARE, rooted(cfg.out)/'priors'/f'holds-base-{CALM}.jsonl')
     authors = with_rivals(run.rows('valid') + run.rows('test'), plain)
-    there = [c for c, (tells, on) in CONDITIONS.items() if (run.worn or not on) and (personas(asked) or not tells)]
-    return [measure(cfg, run, c, asked, authors) for c in there for measure in (measure_break, measure_drift)]
+    return [measure(cfg, run, c, asked, authors) for c in heard_conditions(run, asked)
+            for measure in (measure_break, measure_drift)]
 
 # %% ../nbs/benchmark/holds.ipynb #3bbb96f8
 BREAKS = (CALM, 'pushed', INSISTED)

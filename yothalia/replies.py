@@ -6,10 +6,10 @@
 __all__ = ['ASSISTANT', 'COPY', 'LOOPS', 'MEANS', 'CONTROLS', 'FACTS', 'GREETINGS', 'BRIEF', 'GAINS', 'NOTHING', 'SpokenConfig',
            'RepliesConfig', 'masked', 'own_probability', 'hidden_names', 'with_rivals', 'other_hand', 'cut_alike',
            'parrots', 'as_strangers', 'units', 'cut', 'runs', 'Known', 'repeated', 'said_elsewhere', 'measured',
-           'mean_of', 'by_luck', 'parts_of', 'recognitions', 'reply_metrics', 'asked_lines', 'say_all', 'replies_key',
-           'replies_of', 'by_hand', 'controls', 'measure_replies', 'replies_table', 'replies_side_by_side',
-           'memory_talks', 'next_turn', 'talk_through', 'measure_memory', 'lines_of', 'by_line', 'gains', 'points',
-           'gains_in_words', 'plays', 'remembers', 'plot_replies', 'Played']
+           'mean_of', 'by_luck', 'parts_of', 'recognitions', 'reply_metrics', 'asked_lines', 'heard_conditions',
+           'say_all', 'replies_key', 'replies_of', 'by_hand', 'controls', 'measure_replies', 'replies_table',
+           'replies_side_by_side', 'memory_talks', 'next_turn', 'talk_through', 'measure_memory', 'lines_of', 'by_line',
+           'gains', 'points', 'gains_in_words', 'plays', 'remembers', 'plot_replies', 'Played']
 
 # %% ../nbs/benchmark/replies.ipynb #a7a00004
 import functools, html, re
@@ -237,6 +237,10 @@ def asked_lines(rows:list[dict], # test rows
     return [r for some in first for r in some[:lines or None]]
 
 # %% ../nbs/benchmark/replies.ipynb #a7a00041
+def heard_conditions(run:Run, rows:list[dict]) -> list[str]: # keys of `CONDITIONS`
+    "In which conditions a run's model can answer: with an adapter where it has one, told where somebody has a persona."
+    return [c for c, (tells, on) in CONDITIONS.items() if (run.worn or not on) and (personas(rows) or not tells)]
+
 def say_all(cfg:SpokenConfig, model, tok, groups:list[list[dict]], how:Template, done=()
            ): # yields (number of the group, its replies: for each line the greedy one first, with whether it ended)
     "Have a model answer the lines of groups of rows."
@@ -318,7 +322,7 @@ def measure_replies(cfg:RepliesConfig, run:Run) -> list[dict]: # records, each w
     "Have every condition answer, measure the replies and what stands beside them, and write a record for each."
     rows, told = {p: run.rows(p) for p in ('train', 'valid', 'test')}, run.how
     asked, authors = asked_lines(rows['test'], cfg.characters, cfg.lines, cfg.seed), rows['valid'] + rows['test']
-    there = [c for c, (tells, on) in CONDITIONS.items() if (run.worn or not on) and (personas(asked) or not tells)]
+    there = heard_conditions(run, asked)
     said = {c: replies_of(cfg, run, asked, c, told) for c in there}
     said |= controls(cfg, run, asked, said, authors)
     authors = with_rivals(authors, said['base'])
@@ -403,9 +407,11 @@ def talk_through(cfg:RepliesConfig, run:Run, talks:list[dict], condition:str, to
 # %% ../nbs/benchmark/replies.ipynb #dee65800
 def measure_memory(cfg:RepliesConfig, run:Run) -> list[dict]: # records
     "How often each condition remembers, and how often the word comes when it was not told."
-    talks, out = memory_talks(run.rows('test'), cfg.facts), []
+    rows, out = run.rows('test'), []
+    who = {(r['character'], r['lang']) for r in asked_lines(rows, cfg.characters, 1)}
+    talks = memory_talks([r for r in rows if (r['character'], r['lang']) in who], cfg.facts)
     blank = [t | dict(lines=[GREETINGS[t['lang']], *t['lines'][1:]]) for t in talks]
-    for c in [c for c, (tells, on) in CONDITIONS.items() if (run.worn or not on) and (personas(talks) or not tells)]:
+    for c in heard_conditions(run, talks):
         said = talk_through(cfg, run, talks + blank, c, run.how)
         parts = {'remembers': said[:len(talks)], 'guesses': said[len(talks):]}
         lines = [o | dict(part=k) for k, some in parts.items() for o in some]
