@@ -118,6 +118,12 @@ SIX = {
     'intents.json': (json.dumps(dict(intents=[dict(tag=str(i), patterns=[q], responses=[a]) for i, (q, a) in enumerate(PAIRS)])), ''),
     'drawn.md': ('| User | Bot |\n| --- | :-: |\n' + each(lambda i, q, a: f'| {q} | {a} |'), ''),
     'you.json': (json.dumps(dict(char_name='Ghost', char_persona='Keeps tea.', char_greeting='Boo.', example_dialogue=each(lambda i, q, a: f'You: {q}\nGhost: {a}'))), ''),
+    'says.txt': (each(lambda i, q, a: f'Mara asks: {q}\nGhost says: {a}'), 'Ghost'),
+    'arrows.txt': (each(lambda i, q, a: f'Mara -> Ghost: {q}\nGhost -> Mara: {a}'), 'Ghost'),
+    'round.txt': (each(lambda i, q, a: f'(Mara) {q}\n(Ghost) {a}'), 'Ghost'),
+    'bars.txt': (each(lambda i, q, a: f'Mara | {q}\nGhost | {a}'), 'Ghost'),
+    'acted.jsonl': (objects(lambda q, a: dict(prompt='I want you to act like Ghost.\n\nThe interactions are as follows:\n\n',
+                                              output=f'Mara (speaking): {q}<|eot|>\nGhost (thinking): Hm.<|eot|>\nGhost (speaking): {a}<|eot|>\n')), ''),
 }
 
 

@@ -21,15 +21,20 @@ _CAPS = (r"(?:[A-Z\u00c0-\u00de][A-Z\u00c0-\u00de0-9'’&#-]*)(?:[ "
 _ASIDE = r"(?:\s*[(\[（【][^)\]）】]*[)\]）】])"
 _TIME = r'(?:\d{1,2}:)?\d{1,2}:\d{2}(?:\s?[AaPp][Mm])?'
 _WHEN = rf'(?:(?:Today|Yesterday) at |\d{{1,4}}[./-]\d{{1,2}}[./-]\d{{1,4}},? )?{_TIME}'
+_SAYS_SO = r"(?:\s*(?:->|→|=>|>>)\s*[^:：\n]{1,40}?|\s+(?:says|said|asks|asked|replies|replied|answers|answered))"
+
+# %% ../nbs/data/scripts.ipynb #81190751
 MANNERS = {
     'a name and a colon': rf'[\s*_>-]*(?:\d{{1,4}}[.)]\s+)?(?:[\[(]?\d{{1,2}}:\d{{2}}(?::\d{{2}})?[\])]?\s*)?'
-                          rf'(?P<who>{_NAME})[\s*_]*{_ASIDE}?'
+                          rf'(?P<who>{_NAME})[\s*_]*{_ASIDE}?{_SAYS_SO}?'
                           rf'\s*[:：](?!//|\d\d(?:\s?[AaPp][Mm])?\s*$)[\s*_]*(?P<said>.*)',
     'a name in angles': r'[\s*_-]*(?:[\[(]?\d{1,2}:\d{2}(?::\d{2})?[\])]?\s*)?<(?P<who>[^<>\n/]{1,40})>\s+(?P<said>.+)',
-    'a name and a dash': rf'\s*(?P<who>{_NAME})\s+[–—]\s+(?!Today at |Yesterday at |\d)(?P<said>\S.*)',
+    'a name and a dash': rf'\s*(?P<who>{_NAME})\s+(?:[–—]|\|(?!.*\|))\s+(?!Today at |Yesterday at |\d)(?P<said>\S.*)',
     'a name beside a time': rf'(?=.*\d:\d\d)(?:\[?{_TIME}\]?\s+)?(?P<who>{_NAME})'
                             rf'(?:\s+(?:[—–-]\s*)?[(\[]?{_WHEN}[)\]]?)?(?P<said>)',
     'a name in brackets': r'\s*[【\[［](?P<who>[^\W\d_][^【】\[\]［］]{0,30}?)[】\]］]\s*[:：]?\s*(?P<said>.*)',
+    'a name in round brackets':
+        r'\s*[(（](?P<who>[^\W\d_][^()（）]{0,30}?)[)）]\s*[:：]?\s*(?P<said>\S.*)',
     'a name in bold or as a heading': rf'\s*(?:#{{1,4}}\s+|\*\*)(?P<who>{_NAME})(?:\*\*)?\s*(?P<said>)',
     'a name and a tab': rf'(?P<who>{_NAME})\t(?P<said>\S.*)',
     'a name before a bracket': rf'[\s*_>-]*(?P<who>{_NAME})\s*(?P<said>[「『].+)',
@@ -67,16 +72,16 @@ def _short(name:str, most:int, small:bool=False) -> bool:
             and not re.fullmatch(r'.\.', name))
 
 # %% ../nbs/data/scripts.ipynb #8d0906ea
-def _often(found:Counter, lines:list[str]) -> set[str]:
-    "Names in small letters before a full stop; a sentence begins so, too, so they must be many, and come back often."
-    some = {n for n, k in found.items() if k > 2 and _short(n, 4) and not n.isupper()}
+def _often(found:Counter, lines:list[str], capitals:bool=False) -> set[str]:
+    "Names where other things stand as well, such as the begin of a sentence: they must be many, and come back often."
+    some = {n for n, k in found.items() if k > 2 and _short(n, 4) and (capitals or not n.isupper())}
     return some if sum(map(found.get, some)) > .3*sum(map(bool, map(str.strip, lines))) else set()
 
 def _names(lines:list[str], manner:str) -> set[str]:
     "Who speaks: who comes back, and in colons and brackets who stands once where those stand who come back."
     stands = _stands(lines, manner)
     found = Counter(n for n, _ in stands)
-    if 'small' in manner: return _often(found, lines)
+    if 'small' in manner or 'round' in manner: return _often(found, lines, 'round' in manner)
     written = 'angles' in manner or 'time' in manner
     back = {n for n, k in found.items() if k > 1 and _short(n, 4, written)}
     if 'alone' in manner: return back

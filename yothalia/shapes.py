@@ -472,6 +472,31 @@ def _asked(o, scene, names):
     base = flat(o, {f: s for f, s in names.items() if f not in ('user', 'reply')})
     return why + [r for _, r in exchanges(kept, base | dict(instruction=persona or base['instruction']), scene)]
 
+# %% ../nbs/data/shapes.ipynb #787f3dc4
+def _acted(o) -> list[tuple[str, str, str]]: # speaker, how, text
+    "The turns of a talk that is one answer."
+    talk = _first(o, 'output', 'completion', 'response', 'reply')
+    if not is_spoken(talk): return []
+    said = [(re.fullmatch(r'(.*?)\s*(?:[(（\[](.*?)[)）\]])?', w), t) for w, t in spoken(talk)]
+    return [(m[1], m[2] or '', re.sub(_END, '', t).strip()) for m, t in said]
+
+def _acts(o) -> str: # empty if nobody of them is in it
+    "Whom the prompt of such a talk says to be."
+    ask = str(_first(o, 'prompt', 'instruction', 'system') or '')
+    be = r'(?:like|as|be|are|play|playing|role of|扮演|饰演|是)\s*'
+    names = {w for w, *_ in _acted(o) if re.search(rf'\b{be}{re.escape(w)}(?!\w)', ask, re.I)}
+    return max(names, key=len, default='')
+
+def _played(o, scene, names):
+    "A persona in the prompt, and a talk in which it speaks."
+    who, said = _acts(o), [(w, t) for w, how, t in _acted(o) if not re.match('th(?:ink|ought)|心|想', how.lower())]
+    more = len(set(dict(said)) - {who}) > 1 # several others: who of them speaks is said
+    turns = []
+    for w, t in said: turns.append(Turn('assistant', t) if w == who else Turn('user', f'{w}: {t}' if more else t))
+    ask = _first(o, 'prompt', 'instruction', 'system')
+    told = re.sub(r'\n\s*[^\n]*\b(?:follows|following|below)\b[^\n]*:\s*\Z', '', ask.rstrip()).strip()
+    return [r for _, r in exchanges(turns, dict(character=who, instruction=told), scene)]
+
 # %% ../nbs/data/shapes.ipynb #7cd8596c
 SHAPES = (
     Shape('preference pairs', ('chosen|chosen_messages|preferred_output',), pair),
@@ -490,6 +515,7 @@ SHAPES = (
     Shape('CharacterEval', ('role', 'context'), _charactereval),
     Shape('ChatHaruhi', ('context', 'target'), _haruhi),
     Shape('prompt and completion', ('prompt', 'completion'), _asked),
+    Shape('a persona and its talk', ('prompt|instruction|system', 'output|completion|response|reply'), _played),
     Shape('intents of a chat bot', ('patterns', 'responses'), _intent, ('',)),
     Shape('lines by turns', ('data',), _by_turns, ('',)),
     Shape('conversations', ('history',), _told, ('role|from', 'content|value')),
@@ -506,6 +532,7 @@ def shape_of(o:dict, names:dict=SPELLINGS) -> Shape|None:
         if s.read is _talk and isinstance(cell := _first(o, *TALK.split('|')), str): # of a column of that name
             return not also and _from_cell(cell) != cell
         if s.read is _told: return not also
+        if s.read in (_asked, _played): return bool(_acts(o)) == (s.read is _played)
         return s.read is not _text or turns_in(o['text'])[0] or not also and is_spoken(o['text'])
     return next((s for s in SHAPES if s.fits(o) and talks(s)), also)
 
@@ -525,7 +552,7 @@ _CHOICES = ({'choices'}, {'options'}, {'a', 'b', 'c', 'd'}, {'option_a', 'option
 def _nearest_shape(columns) -> str:
     "The shape that lacks least, in words."
     o = dict.fromkeys(columns, 'x')
-    near = [(len(s.missing(o)), s) for s in SHAPES if len(s.missing(o)) < len(s.keys)]
+    near = [(len(s.missing(o)), s) for s in SHAPES if len(s.missing(o)) < len(s.keys) and s.read is not _played]
     if not near: return ''
     n, s = min(near, key=lambda p: p[0])
     lack = ' and '.join(k.replace('|', ' or ') for k in s.missing(o))
