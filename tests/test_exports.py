@@ -124,6 +124,12 @@ SIX = {
     'bars.txt': (each(lambda i, q, a: f'Mara | {q}\nGhost | {a}'), 'Ghost'),
     'acted.jsonl': (objects(lambda q, a: dict(prompt='I want you to act like Ghost.\n\nThe interactions are as follows:\n\n',
                                               output=f'Mara (speaking): {q}<|eot|>\nGhost (thinking): Hm.<|eot|>\nGhost (speaking): {a}<|eot|>\n')), ''),
+    'talk.yarn': ('title: Tea\ntags:\n---\n<<fade 1>>\n' + each(lambda i, q, a: f'Mara: {q} #line:0{i}\nGhost: {a}') + '\n-> Leave\n    <<jump End>>\n===\n', 'Ghost'),
+    'talk.ink': ('VAR cold = true\n=== tea ===\n' + each(lambda i, q, a: f'MARA: {q}\nGHOST: {a}') + '\n* [Leave] -> END\n', 'Ghost'),
+    'numbered.txt': ('1 your persona: i keep tea.\n' + each(lambda i, q, a: f'{i+2} {q}\t{a}\t\tno .|{a}'), ''),
+    'metharme.jsonl': (objects(lambda q, a: dict(prompt=f'<|system|>You keep tea.<|user|>{q}<|model|>', generation=a)), ''),
+    'utterances.json': (json.dumps([dict(conversation_id=str(i), utterances=[dict(speaker='USER', text=q), dict(speaker='ASSISTANT', text=a)]) for i, (q, a) in enumerate(PAIRS)]), ''),
+    'old.rpy': ('init:\n    $ m = Character("Mara")\n    $ g = Character("Ghost")\nlabel start:\n' + each(lambda i, q, a: f'    m "{q}"\n    g "{a}"'), 'Ghost'),
 }
 
 

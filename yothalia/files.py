@@ -17,13 +17,11 @@ from .core import *
 # %% ../nbs/data/files.ipynb #401f2777
 MAX_BYTES = 2**29  # of a file, unpacked
 SUFFIXES = ('.csv', '.tsv', '.json', '.jsonl', '.ndjson', '.parquet', '.txt', '.log', '.md', '.srt', '.vtt', '.ass',
-            '.ssa', '.fountain', '.rpy', '.yaml', '.yml', '.png', '.charx')
+            '.ssa', '.fountain', '.rpy', '.yarn', '.ink', '.yaml', '.yml', '.png', '.charx')
 # what is not read → what to do instead
 INSTEAD = {'.xlsx': 'save the sheet as CSV UTF-8', '.xls': 'save the sheet as CSV UTF-8',
            '.ods': 'save the sheet as CSV',
            '.docx': 'save it as plain text',
-           '.ink': 'save what is said as "Name: …" in a .txt file',
-           '.yarn': 'save what is said as "Name: …" in a .txt file',
            '.pdf': 'copy its text into a .txt file', '.fdx': 'export it as Fountain',
            '.html': 'Telegram, Discord and others export JSON, too; or save its text as .txt',
            '.xml': 'save what is said as "Name: …" in a .txt file',

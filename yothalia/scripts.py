@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MANNERS', 'QUIET', 'NOVEL', 'manner_of', 'without_directions', 'script_chats', 'fountain_text', 'renpy_chats',
-           'is_subtitles', 'subtitle_chats', 'is_novel']
+           'game_text', 'is_subtitles', 'subtitle_chats', 'is_novel']
 
 # %% ../nbs/data/scripts.ipynb #b0653f67
 import re
@@ -189,7 +189,7 @@ def fountain_text(text:str) -> list[str]:
     return re.sub(r'\*{1,3}([^*\n]+)\*{1,3}|_([^_\n]+)_', lambda m: m[1] or m[2], text).split('\n')
 
 # %% ../nbs/data/scripts.ipynb #b9d0e2af
-_SPEAKER = re.compile(r'^\s*(?:define|default)\s+(\w+)\s*=\s*\w*Character\(\s*(?:name\s*=\s*)?_?\(?\s*'
+_SPEAKER = re.compile(r'^\s*(?:(?:define|default)\s+|\$\s*)(\w+)\s*=\s*\w*Character\(\s*(?:name\s*=\s*)?_?\(?\s*'
                       r'(["\'])(.+?)\2', re.M)
 _SAYS = re.compile(r'(?:(\w+)(?: [\w ]+)?|"([^"]+)")\s+"((?:[^"\\]|\\.)+)"(?!\s*:).*')
 
@@ -203,6 +203,15 @@ def renpy_chats(text:str) -> Chats:
             scenes[-1].append((m[2] or names[m[1]], said.strip(), i))
         elif l.startswith('"') and not l.endswith(':'): loose.append((i, 'the narrator'))
     return Chats([s for s in scenes if s], loose=loose, notes=['a label begins a scene'])
+
+# %% ../nbs/data/scripts.ipynb #f3b45330
+def game_text(text:str) -> list[str]:
+    "The lines of a script of Yarn Spinner or ink without commands, choices and tags; each as many as before."
+    def blank(m): return '\n'*m[0].count('\n')
+    text = re.sub(r'/\*[^*]*\*/|(?m:^(?:\w+:.*\n)*title:.*\n(?:\w+:.*\n)*---)', blank, text)
+    text = re.sub(r'(?m)^\s*={2,}.*$', '===', text)
+    text = re.sub(r'(?m)^\s*(?:<<|->|//|[*+~]|(?:VAR|CONST|LIST|INCLUDE|EXTERNAL)\b).*$', '', text)
+    return re.sub(r'(?m)\s+(?:#\S+|<<.*>>|->.*|//.*|<>)+\s*$', '', text).split('\n')
 
 # %% ../nbs/data/scripts.ipynb #cec0e007
 QUIET = 10. # seconds without a subtitle that end a scene

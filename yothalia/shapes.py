@@ -282,7 +282,7 @@ RENDERED = {
     'Harmony': r'<\|start\|>\s*(\w+)(?:<\|channel\|>final)?<\|message\|>',
     'DeepSeek': r'<｜(User|Assistant)｜>', 'Command R': r'<\|(USER|CHATBOT|SYSTEM)_TOKEN\|>',
     'Vicuna': r'(?:^|\s|</s>)(?-i:(USER|ASSISTANT)):\s*',
-    'marks as of Phi, Zephyr, or GLM': r'<\|(system|user|assistant|observation)\|>\s*',
+    'marks as of Phi, Zephyr, or GLM': r'<\|(system|user|assistant|observation|model)\|>\s*',
     'Llama 2': r'(\[/?INST\])', 'Alpaca': rf'(?:^|\n)#{{2,3}}\s*({_NAMES})\s*[:：]?\s*\n?',
     'a transcript': rf'(?:^|\n)\s*(?:\*\*)?({_NAMES})(?:\*\*)?\s*[:：]\s*'}
 _RENDERED_ROLES = ROLES | {'[inst]': 'user', '[/inst]': 'assistant', 'instruction': 'user', 'input': 'user',
@@ -299,6 +299,7 @@ def turns_in(text) -> tuple[str, list[Turn]]: # the template's name and the turn
         turns = [Turn(_RENDERED_ROLES.get(m[1].lower(), m[1].lower()), re.sub(_END, '', text[m.end():n]).strip())
                  for m, n in zip(found, [*(m.start() for m in found[1:]), len(text)])]
         if not {'user', 'assistant'} <= {t.role for t in turns}: continue
+        if not turns[-1].text: turns.pop() # the mark where the model goes on
         for t in turns:
             if m := re.match(r'<<SYS>>(.*?)<</SYS>>(.*)', t.text, re.S):
                 return name, [Turn('system', m[1].strip()), Turn('user', m[2].strip()), *turns[turns.index(t)+1:]]
@@ -439,7 +440,8 @@ class Shape:
                                                                 for k in self.turn)
 
 # %% ../nbs/data/shapes.ipynb #5d46f8fc
-TALK = 'messages|conversations|conversation|dialogue|dialogues|dialog|chat|chat_messages|chatmessages|turns|contents'
+TALK = ('messages|conversations|conversation|dialogue|dialogues|dialog|chat|chat_messages|chatmessages|turns|contents|'
+        'utterances')
 
 def _talk(o, scene, names):
     more = o['session_meta'] if isinstance(o.get('session_meta'), dict) else {}
@@ -465,7 +467,7 @@ def _best_branch(o, scene, names):
 
 def _asked(o, scene, names):
     "A prompt and its completion: what is asked is context, the completion is learned."
-    ask, answer = _as_turns(o['prompt'], 'user'), _as_turns(o['completion'], 'assistant')
+    ask, answer = _as_turns(o['prompt'], 'user'), _as_turns(_first(o, 'completion', 'generation'), 'assistant')
     kept, persona, why = _sorted_out([*ask, *answer])
     if mark := marked_bad(o): return why + [f'a reply marked bad ({mark}): not learned']
     for t in kept[:len(kept)-len(answer)]: t.mark = CONTEXT
@@ -514,7 +516,7 @@ SHAPES = (
     Shape('RoleBench', ('role', 'question', 'generated'), _rolebench),
     Shape('CharacterEval', ('role', 'context'), _charactereval),
     Shape('ChatHaruhi', ('context', 'target'), _haruhi),
-    Shape('prompt and completion', ('prompt', 'completion'), _asked),
+    Shape('prompt and completion', ('prompt', 'completion|generation'), _asked),
     Shape('a persona and its talk', ('prompt|instruction|system', 'output|completion|response|reply'), _played),
     Shape('intents of a chat bot', ('patterns', 'responses'), _intent, ('',)),
     Shape('lines by turns', ('data',), _by_turns, ('',)),
