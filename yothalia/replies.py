@@ -6,10 +6,10 @@
 __all__ = ['ASSISTANT', 'COPY', 'LOOPS', 'MEANS', 'CONTROLS', 'FACTS', 'GREETINGS', 'BRIEF', 'GAINS', 'NOTHING', 'SpokenConfig',
            'RepliesConfig', 'masked', 'own_probability', 'hidden_names', 'with_rivals', 'other_hand', 'cut_alike',
            'parrots', 'as_strangers', 'units', 'cut', 'runs', 'Known', 'repeated', 'said_elsewhere', 'measured',
-           'mean_of', 'by_luck', 'parts_of', 'recognitions', 'reply_metrics', 'asked_lines', 'heard_conditions',
-           'say_all', 'replies_key', 'replies_of', 'by_hand', 'controls', 'measure_replies', 'replies_table',
-           'replies_side_by_side', 'memory_talks', 'next_turn', 'talk_through', 'measure_memory', 'lines_of', 'by_line',
-           'gains', 'points', 'gains_in_words', 'plays', 'remembers', 'plot_replies', 'Played']
+           'clusters_of', 'mean_of', 'by_luck', 'parts_of', 'recognitions', 'reply_metrics', 'asked_lines',
+           'heard_conditions', 'say_all', 'replies_key', 'replies_of', 'by_hand', 'controls', 'measure_replies',
+           'replies_table', 'replies_side_by_side', 'memory_talks', 'next_turn', 'talk_through', 'measure_memory',
+           'lines_of', 'by_line', 'gains', 'points', 'gains_in_words', 'plays', 'remembers', 'plot_replies', 'Played']
 
 # %% ../nbs/benchmark/replies.ipynb #a7a00004
 import functools, html, re
@@ -194,9 +194,14 @@ MEANS = {f'copies of {COPY} and more': lambda o: o['run'] >= COPY, 'copied runs 
          'loops': lambda o: o['repeated'] > LOOPS, 'said elsewhere': 'elsewhere',
          'stops': 'ended', 'right script': 'script', 'assistant phrases': 'assistant'} # name → what a reply's line says
 
+def clusters_of(lines:list[dict]) -> list:
+    "What replies belong to: their characters; where it is one alone, the lines that were answered."
+    names = [o['character'] for o in lines]
+    return names if len(set(names)) > 1 else [o.get('id', i) for i, o in enumerate(lines)]
+
 def mean_of(lines:list[dict], of, unit:str='share') -> dict: # a metric; `of`: a field, or a function of a line
-    "A mean over replies, with its interval by resampling characters."
-    return mean_metric([of(o) if callable(of) else o[of] for o in lines], [o['character'] for o in lines], unit)
+    "A mean over replies, with its interval by resampling characters, or lines."
+    return mean_metric([of(o) if callable(of) else o[of] for o in lines], clusters_of(lines), unit)
 
 # %% ../nbs/benchmark/replies.ipynb #b63290cf
 def by_luck(lines:list[dict]) -> list[dict]:
