@@ -415,6 +415,7 @@ def measure_memory(cfg:RepliesConfig, run:Run) -> list[dict]: # records
     rows, out = run.rows('test'), []
     who = {(r['character'], r['lang']) for r in asked_lines(rows, cfg.characters, 1)}
     talks = memory_talks([r for r in rows if (r['character'], r['lang']) in who], cfg.facts)
+    for f in (run.folder/'records').glob('memory-*'): f.unlink() # of an earlier run
     blank = [t | dict(lines=[GREETINGS[t['lang']], *t['lines'][1:]]) for t in talks]
     for c in heard_conditions(run, talks):
         said = talk_through(cfg, run, talks + blank, c, run.how)

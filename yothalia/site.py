@@ -139,6 +139,8 @@ GLANCE = [
     Number('… told and fine-tuned', 'replies_qwen', 'replies', 'recognised', _tuned),
     Number('… of the default model, told', 'replies', 'replies', 'recognised', _told),
     Number('… told and fine-tuned', 'replies', 'replies', 'recognised', _tuned),
+    Number('… of one character alone, told', 'replies_alone', 'replies', 'recognised', _told),
+    Number('… told and fine-tuned', 'replies_alone', 'replies', 'recognised', _tuned),
     Number('… written by another hand', 'replies', 'replies', 'recognised', dict(condition='another hand')),
     Number('Who is speaking, found among five: told', 'plain_prompt', 'benchmark', 'accuracy sum', _told | _speaker),
     Number('… told and fine-tuned', 'plain_prompt', 'benchmark', 'accuracy sum', _tuned | _speaker),
