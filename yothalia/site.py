@@ -131,9 +131,10 @@ class Number(NamedTuple):
     metric: str
     where: dict={}
 
-# %% ../nbs/run/site.ipynb #db58bd52
 _base, _told, _lora, _tuned = (dict(condition=c) for c in ('base', 'prompt', 'lora', 'both'))
 _speaker, _mutual, _break = dict(track='speaker'), dict(set='mutual', mode='letter'), dict(part='break')
+
+# %% ../nbs/run/site.ipynb #db58bd52
 GLANCE = [
     Number('Replies of a 1.5B model taken for the character\'s: told', 'replies_qwen', 'replies', 'recognised', _told),
     Number('… told and fine-tuned', 'replies_qwen', 'replies', 'recognised', _tuned),
