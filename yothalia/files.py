@@ -268,12 +268,15 @@ def table_items(name:str, text:str) -> Iterator[tuple[int, Header|dict|str]]:
         else: yield line, dict(zip(keys, row))
 
 # %% ../nbs/data/files.ipynb #dcb97104
+_CALLED = {str: 'a text', int: 'a number', float: 'a number', bool: 'true or false', list: 'a list',
+           type(None): 'nothing'}
+
 def as_item(o) -> dict|str:
     "The object with lower-case keys, a list of turns or texts as a conversation, or the reason why it is neither."
     if isinstance(o, dict): return {str(k).lower(): v for k, v in o.items()}
     if isinstance(o, list) and o and all(isinstance(t, dict) for t in o): return dict(messages=o)
     if isinstance(o, list) and len(o) > 1 and all(isinstance(t, str) for t in o): return dict(dialog=o)
-    return f'a {type(o).__name__} where an object was expected'
+    return f'{_CALLED.get(type(o), "something")} where an object was expected'
 
 def json_lines(text:str) -> Iterator[tuple[int, dict|str]]:
     "Yield (line, dict or reason) for each line of JSON Lines (RFC 8259)."
