@@ -167,6 +167,8 @@ def numbered_talks(text:str) -> list[dict]: # items; empty if the text has not t
     lines, out = text.splitlines(), []
     head = [l for l in lines[:40] if l.strip()]
     if len(head) < 2 or not all(map(_NUMBERED.fullmatch, head)): return []
+    before = [m[4] for m in map(_NUMBERED.fullmatch, head) if m[4]]
+    if len({*before}) < .7*len(before): return [] # names, not lines
     for m in filter(None, map(_NUMBERED.fullmatch, lines)):
         if m[1] == '1' or not out: out.append(dict(system='', messages=[]))
         if m[3]: out[-1]['system'] += f'{m[3]}\n' if m[2] == 'your' else ''
