@@ -36,7 +36,7 @@ MANNERS = {
     'a name in round brackets':
         r'\s*[(（](?P<who>[^\W\d_][^()（）]{0,30}?)[)）]\s*[:：]?\s*(?P<said>\S.*)',
     'a name in bold or as a heading': rf'\s*(?:#{{1,4}}\s+|\*\*)(?P<who>{_NAME})(?:\*\*)?\s*(?P<said>)',
-    'a name and a tab': rf'(?P<who>{_NAME})\t(?P<said>\S.*)',
+    'a name and a tab': rf'(?:\d{{1,6}}[.)]?\s+)?(?P<who>{_NAME})\t(?P<said>\S.*)',
     'a name before a bracket': rf'[\s*_>-]*(?P<who>{_NAME})\s*(?P<said>[「『].+)',
     'a name and a full stop': rf'\s*_?(?P<who>{_CAPS})_?{_ASIDE}?\.(?:[—–-]+)?_?(?P<said>(?:\s.*)?)',
     'a name in small letters and a full stop': r"\s*_?(?P<who>[A-Z][\w’']+(?: [A-Z][\w’']+)?)_?\.\s+(?P<said>\S.*)",
