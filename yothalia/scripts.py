@@ -209,9 +209,9 @@ def game_text(text:str) -> list[str]:
     "The lines of a script of Yarn Spinner or ink without commands, choices and tags; each as many as before."
     def blank(m): return '\n'*m[0].count('\n')
     text = re.sub(r'/\*[^*]*\*/|(?m:^(?:\w+:.*\n)*title:.*\n(?:\w+:.*\n)*---)', blank, text)
-    text = re.sub(r'(?m)^\s*={2,}.*$', '===', text)
-    text = re.sub(r'(?m)^\s*(?:<<|->|//|[*+~]|(?:VAR|CONST|LIST|INCLUDE|EXTERNAL)\b).*$', '', text)
-    return re.sub(r'(?m)\s+(?:#\S+|<<.*>>|->.*|//.*|<>)+\s*$', '', text).split('\n')
+    text = re.sub(r'(?m)^[^\S\n]*={2,}.*$', '===', text)
+    text = re.sub(r'(?m)^[^\S\n]*(?:<<|->|//|[#*+~]|(?:VAR|CONST|LIST|INCLUDE|EXTERNAL)\b).*$', '', text)
+    return re.sub(r'(?m)[^\S\n]+(?:#|->|//|<<.*>>$|<>$).*$', '', text).split('\n')
 
 # %% ../nbs/data/scripts.ipynb #cec0e007
 QUIET = 10. # seconds without a subtitle that end a scene

@@ -484,9 +484,9 @@ def _acted(o) -> list[tuple[str, str, str]]: # speaker, how, text
 
 def _acts(o) -> str: # empty if nobody of them is in it
     "Whom the prompt of such a talk says to be."
-    ask = str(_first(o, 'prompt', 'instruction', 'system') or '')
+    ask = _first(o, 'prompt', 'instruction', 'system')
     be = r'(?:\b(?:like|as|be|are|play|playing|role of)\s+(?:the\s+|an?\s+)?|扮演\s*|饰演\s*|你是\s*)'
-    if not re.search(be, ask, re.I): return ''
+    if not isinstance(ask, str) or not re.search(be, ask, re.I): return ''
     names = {w for w, *_ in _acted(o) if re.search(rf'{be}{re.escape(w)}(?![A-Za-z])', ask, re.I)}
     return max(names, key=len, default='')
 
