@@ -101,11 +101,11 @@ def section(step:str, said:list[str], # of `findings`
 
 # %% ../nbs/run/report.ipynb #217879af
 def heard(folder:Path) -> list[dict]: # who, lang, line, said: condition → [reply, taken, ended, drawn]
-    "Each line that the model answered, with all that was said to it."
+    "Each line that the model answered, with all that was said to it, where a record kept the words."
     lines = {}
     for r in load_records(folder, step='replies'):
         if r['what']['condition'] == 'parrot': continue # it says its persona, whatever it is asked
-        for o in replies.lines_of(r):
+        for o in (o for o in replies.lines_of(r) if 'reply' in o):
             line = lines.setdefault((o['character'], o['lang'], o['user']),
                                     dict(who=o['character'], lang=o['lang'], line=o['user'], said={}))
             said = line['said'].setdefault(r['what']['condition'], [])
