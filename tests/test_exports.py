@@ -1,7 +1,7 @@
 "Files as people export them: what each gives, what is refused, and that nothing ends in a traceback."
 import io, json, random, zipfile
 from pathlib import Path
-import pytest
+import openpyxl, pytest
 from yothalia.cards import card_of
 from yothalia.cleaning import clean_rows
 from yothalia.data import DataConfig, labelled, prepare
@@ -27,6 +27,16 @@ def packed(**files):
 
 
 def days(i): return f'2024-05-0{1+i}'
+def workbook(**sheets): # name → rows, as Excel saves them
+    book, b = openpyxl.Workbook(), io.BytesIO()
+    book.remove(book.active)
+    for name, rows in sheets.items():
+        sheet = book.create_sheet(name)
+        for row in rows: sheet.append(row)
+    book.save(b)
+    return b.getvalue()
+
+
 def slack():
     users = [dict(id='U1', name='mara'), dict(id='U2', name='g', profile=dict(display_name='Ghost'))]
     talk = {f'tea__{days(i)}_json': json.dumps([dict(type='message', user=u, text=t, ts=f'{1714557660+86400*i+k}.1') for k, (u, t) in enumerate((('U1', q), ('U2', a)))]
@@ -129,6 +139,9 @@ SIX = {
     'numbered.txt': ('1 your persona: i keep tea.\n' + each(lambda i, q, a: f'{i+2} {q}\t{a}\t\tno .|{a}'), ''),
     'metharme.jsonl': (objects(lambda q, a: dict(prompt=f'<|system|>You keep tea.<|user|>{q}<|model|>', generation=a)), ''),
     'utterances.json': (json.dumps([dict(conversation_id=str(i), utterances=[dict(speaker='USER', text=q), dict(speaker='ASSISTANT', text=a)]) for i, (q, a) in enumerate(PAIRS)]), ''),
+    'movie_lines.txt': ('\n'.join(reversed([f'L{10*i+k} +++$+++ u{k} +++$+++ m0 +++$+++ {w} +++$+++ {t}' for i, pair in enumerate(PAIRS) for k, (w, t) in enumerate(zip(('MARA', 'GHOST'), pair))])), 'GHOST'),
+    'rows.xlsx': (workbook(notes=[['made in May']], rows=[[], ['User', 'Reply', 'Mood', None], *([q, a, 3] for q, a in PAIRS)]), ''),
+    'messages.xlsx': (workbook(chat=[['Speaker', 'Text'], *([w, t] for pair in PAIRS for w, t in zip(('Mara', 'Ghost'), pair))]), 'Ghost'),
     'old.rpy': ('init:\n    $ m = Character("Mara")\n    $ g = Character("Ghost")\nlabel start:\n' + each(lambda i, q, a: f'    m "{q}"\n    g "{a}"'), 'Ghost'),
 }
 

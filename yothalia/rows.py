@@ -148,6 +148,7 @@ def text_chats(name:str, text:str, pause:float=0) -> Chats:
     if is_subtitles(text): got, kind = subtitle_chats(name, text), 'subtitles'
     elif name.lower().endswith('.rpy'): got, kind = renpy_chats(text), "a script of Ren'Py"
     elif name.lower().endswith(('.yarn', '.ink')): got, kind = script_chats(game_text(text)), 'a script of a game'
+    elif got := movie_chats(lines): kind = 'movie lines (Cornell)'
     elif kind := stamp_of(lines): got, kind = stamped_chats(lines, kind, pause*3600), f'a log of {kind}'
     elif name.lower().endswith('.fountain') or re.search(r'(?m)^(INT|EXT)[./ ]', text):
         got, kind = script_chats(fountain_text(text)), 'a screenplay'
@@ -188,6 +189,7 @@ def read_items(name:str, b:bytes, # a file's name and content
         known = f'known are {", ".join(SUFFIXES)}, and any of them as .gz or .zip'
         raise DataError(f'{name} ends in {suffix!r}: {INSTEAD.get(suffix, known)}.')
     if suffix == '.parquet': return parquet_items(name, b)
+    if suffix in ('.xlsx', '.xlsm'): return sheet_items(name, b)
     if suffix in ('.yaml', '.yml'):
         b, suffix, encoding = yaml_as_json(name, decoded(name, b, encoding)).encode(), '.json', 'utf-8'
     if suffix in ('.png', '.charx') or (suffix == '.json' and looks_like_card(b)): return _card_items(name, b)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MANNERS', 'QUIET', 'NOVEL', 'manner_of', 'without_directions', 'script_chats', 'fountain_text', 'renpy_chats',
-           'game_text', 'is_subtitles', 'subtitle_chats', 'is_novel']
+           'game_text', 'movie_chats', 'is_subtitles', 'subtitle_chats', 'is_novel']
 
 # %% ../nbs/data/scripts.ipynb #b0653f67
 import re
@@ -212,6 +212,22 @@ def game_text(text:str) -> list[str]:
     text = re.sub(r'(?m)^[^\S\n]*={2,}.*$', '===', text)
     text = re.sub(r'(?m)^[^\S\n]*(?:<<|->|//|[#*+~]|(?:VAR|CONST|LIST|INCLUDE|EXTERNAL)\b).*$', '', text)
     return re.sub(r'(?m)[^\S\n]+(?:#|->|//|<<.*>>$|<>$).*$', '', text).split('\n')
+
+# %% ../nbs/data/scripts.ipynb #20c6e5d1
+_OF_A_FILM = re.compile(r'L(\d+) \+{3}\$\+{3} \w+ \+{3}\$\+{3} (\w+) \+{3}\$\+{3} (.*?) \+{3}\$\+{3} ?(.*)')
+
+def movie_chats(lines:list[str]) -> Chats|None:
+    "The scenes of Cornell's movie lines; None if they are none."
+    if not any(map(_OF_A_FILM.fullmatch, lines[:5])): return None
+    found = [(m[2], int(m[1]), m[3], m[4], i) for i, l in enumerate(lines, 1) if (m := _OF_A_FILM.fullmatch(l))]
+    kept = {f[-1] for f in found}
+    loose = [(i, 'no line of a film') for i, l in enumerate(lines, 1) if l.strip() and i not in kept]
+    scenes, last = [], None
+    for film, number, who, said, i in sorted(found):
+        if last != (film, number-1): scenes.append([])
+        scenes[-1].append([who, said, i])
+        last = film, number
+    return _finished(scenes, loose, 'lines whose numbers follow each other are one scene')
 
 # %% ../nbs/data/scripts.ipynb #cec0e007
 QUIET = 10. # seconds without a subtitle that end a scene
