@@ -253,9 +253,13 @@ def _identifier():
     from py3langid.langid import LanguageIdentifier, MODEL_FILE
     return LanguageIdentifier.from_model_file(MODEL_FILE)
 
+def _language(text:str) -> str: # a BCP-47 tag; zxx would be no language at all
+    return next(l for l, _ in _identifier().rank(text) if l != 'zxx')
+
 def _said(r:dict, kind:str) -> str:
-    "What is said in a row and its history in one script."
-    return ' '.join(t for t in (*(h['text'] for h in r['history'][-6:]), r['user'], r['reply']) if script(t) == kind)
+    "What is said in a row and its history in one script, without numbers."
+    said = (*(h['text'] for h in r['history'][-6:]), r['user'], r['reply'])
+    return re.sub(r'\d+', ' ', ' '.join(t for t in said if script(t) == kind))
 
 def plausible(rows:list[dict], kind:str, # rows of one script
               least:int=60, most:int=1000) -> list[str]:
@@ -267,7 +271,7 @@ def plausible(rows:list[dict], kind:str, # rows of one script
         for r in rows[::step]: by[r['character'] or r['instruction'] or r['source']].append(_said(r, kind))
         long = [' '.join(t)[:20_000] for t in by.values()]
         if max(len(t.split()) for t in long) < least: long = [' '.join(long)]
-    votes = Counter(_identifier().classify(t)[0] for t in long)
+    votes = Counter(map(_language, long))
     return [l for l, n in votes.items() if n >= .1*sum(votes.values())]
 
 # %% ../nbs/data/cleaning.ipynb #ed98de3e
