@@ -485,9 +485,11 @@ FEW = 5 # things that it was told; of fewer, no share is said
 
 def remembers(records:list[dict]) -> str: # of `measure_memory`
     "In words: how often it knows what it was told three turns ago."
-    if not records or (m := records[-1]['metrics'])['remembers']['n'] < FEW: return ''
+    by = {r['what']['condition']: r['metrics'] for r in records}
+    best = next((c for c in reversed(CONDITIONS) if c in by), None) # told and fine-tuned, if it was asked
+    if not best or (m := by[best])['remembers']['n'] < FEW: return ''
     return (f"Of {m['remembers']['n']} things that it was told three turns ago it remembers {_share(m['remembers'])} "
-            f"({records[-1]['what']['condition']}); not told, it says the word in {_share(m['guesses'])}.")
+            f"({best}); not told, it says the word in {_share(m['guesses'])}.")
 
 # %% ../nbs/benchmark/replies.ipynb #a7a00024
 def plot_replies(records:list[dict]):
