@@ -359,16 +359,19 @@ def _filled(name:str, sheet) -> Iterator[tuple[int, list[str]]]:
             raise DataError(f'{name} line {i} has more than {MAX_COLUMNS:,} columns: save the sheet as CSV.')
         if any(c is not None for c in row): yield i, list(map(_cell, row))
 
+def _wide(row:tuple) -> bool: return sum(map(bool, row[1])) > 1
+
+# %% ../nbs/data/files.ipynb #9859b1e3
 def sheet_items(name:str, b:bytes) -> Iterator[tuple[int, Header|dict|str]]:
     "Yield (line, header, dict or reason) for each row of a workbook's first sheet that has any, the header first."
     import openpyxl
     _weighed(name, b)
     try:
         book = openpyxl.load_workbook(io.BytesIO(b), read_only=True, data_only=True)
-        sheet = next((s for s in book.worksheets if len([*islice(_filled(name, s), 2)]) > 1), None)
-        if sheet is None: raise DataError(f'{name} holds no sheet with a header and a row below it.')
+        sheet = next((s for s in book.worksheets if len([*islice(filter(_wide, _filled(name, s)), 2)]) > 1), None)
+        if sheet is None: raise DataError(f'{name} holds no sheet with a header of several columns and a row below it.')
         rows = _filled(name, sheet)
-        line, first = next(rows)
+        line, first = next(filter(_wide, rows)) # a title above the table is one cell
         wide = max(k for k, c in enumerate(first, 1) if c)
         yield line, (header := Header(first[:wide]))
         for i, cells in rows:
