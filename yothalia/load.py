@@ -16,7 +16,7 @@ import numpy as np, pandas as pd
 from .core import *
 from .models import *
 from .data import load_split
-from .behind import Running, engine_command, free_port, started
+from .behind import Running, engine_command, engine_version, free_port, started
 from .runs import *
 
 # %% ../nbs/studies/load.ipynb #07e00008
