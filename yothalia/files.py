@@ -355,9 +355,10 @@ def _filled(name:str, sheet) -> Iterator[tuple[int, list[str]]]:
     "Line and cells of each row of a sheet that holds anything."
     sheet.reset_dimensions() # which programs write wrongly
     for i, row in enumerate(sheet.iter_rows(values_only=True), 1):
-        if len(row) > MAX_COLUMNS:
+        wide = max((k for k, c in enumerate(row, 1) if c is not None), default=0) # what is only coloured is empty
+        if wide > MAX_COLUMNS:
             raise DataError(f'{name} line {i} has more than {MAX_COLUMNS:,} columns: save the sheet as CSV.')
-        if any(c is not None for c in row): yield i, list(map(_cell, row))
+        if wide: yield i, list(map(_cell, row[:wide]))
 
 def _wide(row:tuple) -> bool: return sum(map(bool, row[1])) > 1
 
