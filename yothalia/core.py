@@ -104,13 +104,14 @@ def nearest(name:str, # as it was written
 def _complaint(cls, e # one entry of pydantic's ValidationError.errors()
               ) -> str:
     "Say in one line which parameter is wrong, what was given, and what is allowed."
-    key = '.'.join(str(o) for o in e['loc'] if isinstance(o, str)) or '(all)'
+    key = '.'.join(str(o) for o in e['loc'] if isinstance(o, str))
     if e['type'] == 'extra_forbidden':
         near = nearest(key, cls.model_fields)
         hint = f'did you mean {near[0]!r}?' if near else 'known are ' + ', '.join(cls.model_fields)
         return f'unknown parameter {key!r} (given {e["input"]!r}): {hint}'
     if e['type'] == 'missing': return f'parameter {key!r} is missing'
     why = e['msg'].removeprefix('Input ').removeprefix('Value error, ')
+    if not key: return why # of several parameters together
     return f'parameter {key!r} was given {e["input"]!r} ({type(e["input"]).__name__}): {why}'
 
 # %% ../nbs/base/core.ipynb #c0re0012

@@ -18,6 +18,7 @@ from .core import *
 from .models import *
 import numpy as np, pandas as pd, torch
 from fastcore.basics import patch
+from pydantic import model_validator
 from transformers import AttentionInterface
 from .data import load_split
 from .packing import plain, varlen
@@ -64,6 +65,13 @@ class SpeedConfig(Config):
     matmul_size: int = Field(1024, ge=64, le=32768)
     unsloth_python: str = ''
     seed: int = Field(0, ge=0, lt=2**32)
+
+    @model_validator(mode='after')
+    def whole_steps(self):
+        "A padded step must have as many rows as everybody's."
+        if 'padded' in self.trainers and self.batch % self.micro_batch:
+            raise ValueError(f'batch: {self.batch} rows cannot be trained {self.micro_batch} (micro_batch) at a time')
+        return self
 
 # %% ../nbs/studies/speed.ipynb #02d0000b
 def drawn(name:str, # a key of `SHAPES`
