@@ -180,7 +180,7 @@ def one_record(self:Bench, qs:list[dict], mode:str, condition:str, chosen:dict #
 
 # %% ../nbs/04_benchmark.ipynb #c08fa467
 def ask_tracks(cfg:BenchmarkConfig, model, tok, test:list[dict]) -> dict[str,list[dict]]: # track → questions
-    "Questions of the tracks; where the rows allow none, those of the tracks that ask a character alone."
+    "Questions of the tracks; if the rows allow none, those for a character alone."
     def made(tracks):
         out = make_tracks(test, [t for t in tracks if not TRACKS[t].alone], cfg.questions, cfg.options, cfg.seed)
         for t in (t for t in tracks if TRACKS[t].alone):

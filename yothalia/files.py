@@ -70,7 +70,7 @@ def _unpacked(z, i, left:int, name:str) -> bytes:
 
 # %% ../nbs/data/files.ipynb #28f1434f
 def folder_files(folder:Path) -> list[Path]:
-    "The files in a folder that can be read, by name; a `DataError` if there are none, or too many to be meant."
+    "The readable files in a folder, by name; a `DataError` if there are none, or implausibly many."
     every = [*islice(folder.rglob('*'), 20_001)]
     found = sorted(p for p in every if p.suffix.lower() in SUFFIXES and p.is_file() and not p.name.startswith(HIDDEN))
     if len(every) > 20_000 or sum(p.stat().st_size for p in found) > MAX_BYTES:
@@ -153,7 +153,7 @@ def plausibility(b:bytes, encoding:str) -> float: # from -2 to 2; -9 where it ca
 
 # %% ../nbs/data/files.ipynb #5d98448d
 def _sure_encoding(b:bytes) -> str: # '' where nothing is sure
-    "What a mark at the beginning says, or the zeros of UTF-16."
+    "The encoding by the byte order mark, or by UTF-16's zeros."
     if b.startswith((b'\xff\xfe', b'\xfe\xff')): return 'utf-16'
     head = b[:4000]
     even, odd = head[::2].count(0), head[1::2].count(0)
@@ -209,7 +209,7 @@ def _fits(b:bytes, encoding:str) -> bool:
 def decoded(name:str, b:bytes, # a file's name and content
             encoding:str='utf-8' # its encoding; a byte order mark wins over it
            ) -> str:
-    "The file's text; a `DataError` that says where it is not in that encoding, and in which it may be."
+    "The file's text; a `DataError` says where it is not in that encoding, and which it may be in."
     if not b.strip(b' \t\r\n\0'): raise DataError(f'{name} is empty: expected rows.')
     encoding = _sure_encoding(b) or encoding
     try: text = b.decode('utf-8-sig' if encoding.lower() in ('utf-8', 'utf8') else encoding)
@@ -219,7 +219,7 @@ def decoded(name:str, b:bytes, # a file's name and content
 
 # %% ../nbs/data/files.ipynb #fdf9b263
 def table_mark(text:str, tab:bool=False) -> tuple[str, str]: # the text below a line `sep=`, the mark
-    "What stands between the columns of a table."
+    "The separator of a table's columns."
     if m := re.match(r'"?sep=(.)"?\r?\n', text): return text[m.end():], m[1]
     scores = {}
     for mark in '\t,;|' if tab else ',;\t|':
@@ -234,7 +234,7 @@ class Header(list):
     "The names of a table's columns, as they are written."
 
     def keys(self) -> list[str]:
-        "Them in lower case; a second one of the same name is told apart."
+        "Keys in lower case; a second one of the same name gets a suffix."
         low = [h.strip().lower() for h in self]
         return [h if low[:i].count(h) == 0 else f'{h}#{low[:i].count(h)+1}' for i, h in enumerate(low)]
 
@@ -287,7 +287,7 @@ def json_lines(text:str) -> Iterator[tuple[int, dict|str]]:
 
 # %% ../nbs/data/files.ipynb #381b739b
 def _one_after_another(text:str) -> list|None: # None where each stands on a line of its own
-    "Objects of several lines each, one behind the other."
+    "Objects of several lines each, one after the other."
     out, at, read = [], 0, json.JSONDecoder().raw_decode
     try:
         while m := re.compile(r'[\s,]*(?=[{\[])').match(text, at):
@@ -297,7 +297,7 @@ def _one_after_another(text:str) -> list|None: # None where each stands on a lin
     return out if text.count('\n', 0, at) > len(out) and not text[at:].strip() else None
 
 def json_root(name:str, text:str):
-    "What a JSON file holds; a `DataError` that says where it is damaged, None for JSON Lines under another name."
+    "The content of a JSON file; a `DataError` says where it is damaged, None for JSON Lines under another name."
     try: return json.loads(text)
     except RecursionError: raise DataError(f'{name} is nested too deeply to be rows.') from None
     except ValueError as e:
@@ -306,7 +306,7 @@ def json_root(name:str, text:str):
 
 # %% ../nbs/data/files.ipynb #0080a172
 def yaml_as_json(name:str, text:str) -> str:
-    "The same as JSON; a `DataError` that says where it is damaged."
+    "The same as JSON; a `DataError` says where it is damaged."
     import yaml
     loader = getattr(yaml, 'CSafeLoader', yaml.SafeLoader)
     try:
@@ -347,7 +347,7 @@ def _weighed(name:str, b:bytes):
     if broken: raise DataError(f'{name} is damaged, or locked by a password ({broken}): save the sheet as CSV.')
 
 def _cell(v) -> str:
-    "A cell's value as it is shown: 3 rather than 3.0, and nothing for none."
+    "A cell's value as displayed: 3 rather than 3.0, and an empty text for none."
     return '' if v is None else str(int(v)) if isinstance(v, float) and v.is_integer() else str(v)
 
 # %% ../nbs/data/files.ipynb #bc859be5

@@ -25,7 +25,7 @@ _EDITED = re.compile(r'\s*(?:<this message was edited>|\(edited\)|<diese nachric
 _QUOTED = re.compile(r'^\s*(?:>[^\n]*(?:\n|$))+|^\s*「[^」]{1,300}」\s*\n\s*(?:-\s*){3,}\n', re.M)
 
 def speech(text:str) -> tuple[str, str]: # what is said, and if nothing is, why
-    "A message without what nobody said: placeholders, the word that it was edited, quotes of an earlier one."
+    "A message without what nobody said: placeholders, edit notes, quotes of an earlier message."
     text = _EDITED.sub('', text.strip())
     if '\n' in text and text[0] == text[-1] == '"': text = text[1:-1].strip()  # LINE puts several lines in quotes
     if _NOTHING.fullmatch(text): return '', 'no text (a picture, a sticker, a call, a deleted message)'
@@ -47,7 +47,7 @@ def pause_of(times:list) -> float: # seconds
     return float(np.clip(np.exp((gaps[k]+gaps[k+1])/2), 1800, 12*3600))
 
 def by_pauses(said, pause:float) -> list[list]: # from (time in s or None, speaker, text, line, perhaps a mark)
-    "Scenes of a log, divided where nobody wrote for `pause` seconds."
+    "Scenes of a log, divided wherever nobody wrote for `pause` seconds."
     scenes, last = [], None
     for t, *message in said:
         if not scenes or (t is not None and last is not None and t-last > pause): scenes.append([])
@@ -254,7 +254,7 @@ def json_chats(root, pause:float=0) -> tuple[str, Chats|list[dict]]:
 
 # %% ../nbs/data/logs.ipynb #7292a91f
 def says(o) -> bool:
-    "Whether an object is a message: somebody, and a text."
+    "Whether an object is a message: a speaker and a text."
     said = turns_of(o) if isinstance(o, dict) else ''
     return len(said) == 1 and bool(said[0].role) and isinstance(said[0].text, str)
 
@@ -267,7 +267,7 @@ def talks_in(o, deep:int=9 # how far down is looked
 
 # %% ../nbs/data/logs.ipynb #553790be
 def tavern_chats(text:str) -> Chats|None:
-    "The chat of a SillyTavern log, None if the text is none."
+    "The chat of a SillyTavern log; None if the text is not one."
     first = next((l for l in text.split('\n', 3) if l.strip()), '')
     try: head = json.loads(first) if first.lstrip()[:1] == '{' and len(first) < 10**6 else {}
     except (ValueError, RecursionError): return None
@@ -350,7 +350,7 @@ def _instant(day:tuple|None, m) -> float|None:
 def day_first(stamps:list, # matches of dates with three numbers
               half:bool=False # whether the clock has twelve hours
              ) -> tuple[bool, str]: # and how it is known
-    "Whether the day stands before the month."
+    "Whether the day comes before the month."
     numbers = [m for m in stamps if m and m['a'] and int(m['a']) < 32]
     if not numbers: return True, ''
     for m in numbers:
@@ -369,7 +369,7 @@ def _read(line:str, s:Stamp) -> tuple: # its kind ('day', 'message', 'other', or
     return ('other' if s.other and re.fullmatch(s.other, line) else ''), None
 
 def _order(read:list) -> tuple[bool, str]:
-    "Whether the day stands first in the lines of a log, and how it is known."
+    "Whether the day comes first in a log's dates, and how we know."
     return day_first([m for _, m in read if m and 'a' in m.groupdict()],
                      any(m['pm'] for what, m in read if what == 'message'))
 

@@ -34,7 +34,7 @@ class PromptsConfig(Config):
 Texts = str | dict[str, str]  # one text, or one for each language
 
 class Template(Config):
-    "How a character and a line are put to the model; {persona} and {user} stand for the row's."
+    "How a character and a line are put to the model; {persona} and {user} are placeholders."
     about: str               # what it does, in a few words
     system: Texts = ''       # the system turn
     first: Texts = '{user}'  # the user's first turn
@@ -86,7 +86,7 @@ BARE, PERSONA = TEMPLATES['bare'], TEMPLATES['persona']
 # %% ../nbs/data/prompts.ipynb #e1a00007
 def find_template(name:str # a key of `TEMPLATES`, or a YAML file with the fields of a `Template`
                  ) -> Template:
-    "The template that is meant; a `DataError` that says what is there, or what is wrong with the file."
+    "The named template; a `DataError` lists those there are, or says what is wrong with the file."
     if name in TEMPLATES: return TEMPLATES[name]
     path = rooted(name)
     if path.suffix not in ('.yml', '.yaml') or not path.is_file():
@@ -215,7 +215,7 @@ COLOURS = dict(base='#949494', prompt='#0173b2', lora='#de8f05', both='#029e73')
 
 # %% ../nbs/data/prompts.ipynb #4ff698d3
 def told_turns(row:dict, tok, template:Template=PERSONA) -> tuple[list[dict], str, str, str]: # turns, as `reply_place`
-    "A row's messages and where its reply stands; a `DataError` if what the model shall be told does not arrive."
+    "A row's messages and the place of its reply; a `DataError` if the persona does not reach the prompt."
     msgs = messages(row, tok, template)
     prompt, lead, after = reply_place(tok, msgs)
     told = msgs[0]['content'].split() if msgs[0]['role'] == 'system' else []
@@ -226,7 +226,7 @@ def told_turns(row:dict, tok, template:Template=PERSONA) -> tuple[list[dict], st
 
 def render(row:dict, tok, # the model's tokenizer
            template:Template=PERSONA) -> tuple[str,str]: # prompt, completion
-    "The row as text: what the model is given, and what it shall say, with what its template writes behind it."
+    "The row as text: the prompt, and the completion with whatever the template writes after it."
     _, prompt, lead, after = told_turns(row, tok, template)
     return prompt, lead + unmarked(tok, row['reply']) + after
 
@@ -244,7 +244,7 @@ def _sizes(texts, tok, mark:int=8 # tokens that a turn costs beside its text, ab
 
 def within(row:dict, tok, template:Template=PERSONA, max_tokens:int=512 # budget of prompt and reply
           ) -> dict: # the row with as much of its history as fits
-    "Drop the oldest turns of a row's history until it fits the budget, or none is left."
+    "Drop the oldest turns of a row's history until it fits the budget."
     if not row.get('history'): return row
     before = row['history']
     fixed = sum(_sizes([m['content'] for m in messages(row | dict(history=[]), tok, template)] + [row['reply']], tok))

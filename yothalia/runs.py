@@ -35,7 +35,7 @@ class ToldConfig(HeldConfig):
     template: TemplateName = 'auto'
 
 class TunedConfig(ToldConfig):
-    "A step that can wear an adapter."
+    "A step that can use an adapter."
     adapter: str = 'auto'
 
 # %% ../nbs/data/runs.ipynb #8aec0a9d
@@ -67,7 +67,7 @@ class Run:
 # %% ../nbs/data/runs.ipynb #5b4d84eb
 @patch(as_prop=True)
 def how(self:Run) -> Template:
-    "The template by which the persona is told, with the run's training rows for its examples."
+    "The run's prompt template, with its training rows for examples."
     return drawn_from(find_template(self.told), self.rows('train'))
 
 @patch(as_prop=True)
@@ -135,7 +135,7 @@ def trained_as(out:str|Path # the run's folder
 def open(cls:Run, where:str|Path, # its folder, or its name in `_runs`
          **given # what shall be otherwise than it was trained: model, precision, template, adapter, seed
         ) -> Run:
-    "A run as it was left; a `DataError` that says which are there."
+    "A run as it was left; a `DataError` lists those there are."
     place = next((p for p in (rooted(where), rooted('_runs')/where) if (p/'data'/'test.jsonl').exists()), None)
     if place is None: raise DataError(no_rows(where if '/' in str(where) else f'_runs/{where}'))
     return cls(**dict(out=tidy(place)) | trained_as(place) | {k: v for k, v in given.items() if v})

@@ -52,7 +52,7 @@ class ServeConfig(TunedConfig):
 # %% ../nbs/chat/serve.ipynb #07d0000b
 @dataclass
 class Stage:
-    "The characters by their names, the engine that speaks, and how they are told."
+    "The characters by name, the engine that speaks, and how personas are told."
     who: dict               # name → Character
     engine: Speaker
     template: Template
@@ -117,7 +117,7 @@ def conditions(self:Stage, name:str) -> list[str]:
 
 @patch
 def cast(self:Stage, model:str) -> tuple[str,bool,bool|str]: # the character's name, whether it is told, its adapter
-    "Who is meant by a model's name, which may say a condition behind an @."
+    "The character meant by a model's name, which may give a condition after an @."
     name, _, condition = model.partition('@')
     own = self.wears.get(name, self.adapter)
     condition = self.aliases.get(condition, condition) or ('both' if own else 'prompt')
@@ -147,13 +147,13 @@ def requests_of(self:Stage, asked:Chat) -> list[Request]: # as many as are wante
     return [Request(prompt, lucky(sampling, k), stops, on, likely, begun=begun) for k in range(asked.n or 1)]
 
 def lucky(s:Sampling, k:int) -> Sampling: # the kth of several
-    "The same with another luck."
+    "The same with another seed."
     return replace(s, seed=s.seed if s.seed is None else (s.seed + k) % 2**63)
 
 # %% ../nbs/chat/serve.ipynb #7b16a7d0
 @patch
 def continued(self:Stage, asked:Prompted) -> list[Request]:
-    "What the engine is asked for where a text shall go on: no persona, no template, the character's adapter."
+    "The engine's request for continuing a text: no persona, no template, the character's adapter."
     _, _, on = self.cast(asked.model)
     s, tok, out, weigh = sampling_of(asked, self.new_tokens), self.engine.tok, [], weigh_of(asked)
     if nothing_new(asked): s.max_tokens = 1
@@ -203,7 +203,7 @@ def ask(self:Stage, rs:list[Request]):
 # %% ../nbs/chat/serve.ipynb #cf575b5a
 @patch
 def untold(self:Stage, asked) -> list[str]: # a body; names
-    "The scene that a client sets, where the condition is that the model is told nothing."
+    "A client's scene, in a condition in which the model is told nothing."
     messages = getattr(asked, 'messages', ())
     if not messages or self.cast(asked.model)[1]: return []
     scene = itertools.takewhile(lambda m: m.role in ('system', 'developer'), messages)
@@ -256,7 +256,7 @@ async def model(self:Stage, request) -> JSONResponse:
 
 @patch
 async def health(self:Stage, request) -> JSONResponse:
-    "Whether there is somebody who speaks."
+    "Whether the server is able to answer."
     alive = self.engine.alive()
     return JSONResponse(dict(status='ok' if alive else 'stopped'), 200 if alive else 503)
 
@@ -288,7 +288,7 @@ FORMS = {'/v1/chat/completions': (Chat, Stage.requests_of, ChatAnswer),
 
 # %% ../nbs/chat/serve.ipynb #91300225
 class Streamed(StreamingResponse):
-    "A reply as it is said; it is given up when the client is gone, also before the first word."
+    "A streamed reply; it is abandoned when the client is gone, even before the first word."
     def __init__(self, answer:Answer, request, headers:dict):
         super().__init__(answer.stream(request.is_disconnected), media_type=answer.media, headers=headers)
         self.answer = answer
@@ -299,7 +299,7 @@ class Streamed(StreamingResponse):
 
 @patch
 async def answer(self:Stage, request, seconds:float=300) -> JSONResponse|StreamingResponse:
-    "A reply, whole or as it is said."
+    "A reply, whole or streamed."
     kind, of, form = FORMS[request.url.path]
     asked = read_body(kind, await body_of(request))
     rs = await asyncio.to_thread(of, self, asked)
@@ -348,7 +348,7 @@ async def no_route(request, e:HTTPException) -> JSONResponse:
     return JSONResponse(said_to(request, Refused(e.status_code, said, code='unknown_url')), e.status_code, e.headers)
 
 async def broken(request, e:Exception) -> JSONResponse:
-    "What nobody has foreseen; the log has the rest."
+    "An unforeseen error; the log has the rest."
     e = Refused(500, 'The server failed at this; its log says more.', kind='server_error')
     return JSONResponse(said_to(request, e), 500)
 
@@ -379,7 +379,7 @@ def app_of(stage:Stage, key:str='', seconds:float=300, # whom it answers; how lo
 
 # %% ../nbs/chat/serve.ipynb #07d0001c
 def serve_forever(stage:Stage, host:str='127.0.0.1', port:int=8000, key:str='', page=None, origins:list[str]=()):
-    "Serve until told to stop (SIGINT, SIGTERM): who is being answered is finished."
+    "Serve until told to stop (SIGINT, SIGTERM); replies in progress are finished."
     app = app_of(stage, key, page=page, origins=origins)
     config = uvicorn.Config(app, host=host, port=port, log_level='warning', http=Patient,
                             limit_concurrency=most_connections(), timeout_graceful_shutdown=GRACE + 5)

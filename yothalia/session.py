@@ -109,13 +109,13 @@ class Session:
         # whether turns that no longer fit are summed up; id of the last such turn → text
         self.summarise, self.memory = False, {}
     def add(self, role:str, text:str, **kw) -> Turn:
-        "Put a turn behind the one where the conversation stands, and go there."
+        "Add a turn after the current one, and go there."
         self.turns.append(Turn(len(self.turns)+1, self.at, role, text, **kw))
         self.at = len(self.turns)
         return self.turns[-1]
 
     def path(self, at:int|None=None) -> list[Turn]:
-        "The turns from the beginning to where the conversation stands."
+        "The turns from the beginning to the current one."
         out, at = [], self.at if at is None else at
         while at:
             out.append(self.turns[at-1])
@@ -148,7 +148,7 @@ def row(self:Session, path:list[Turn], memory:str='', gone:int=0 # what is told 
 
 # %% ../nbs/chat/session.ipynb #07b00019y
 def merged_turns(path:list[Turn]) -> list[dict]: # role, text
-    "Turns as a history, those of one role in a row made one."
+    "Turns as a history, with consecutive ones of one role merged."
     out = []
     for t in path:
         if out and out[-1]['role'] == t.role: out[-1]['text'] += '\n' + t.text
@@ -158,7 +158,7 @@ def merged_turns(path:list[Turn]) -> list[dict]: # role, text
 # %% ../nbs/chat/session.ipynb #07b00019z
 @patch
 def by_card(self:Session, path:list[Turn]) -> str:
-    "What the card says now: its texts filled in, the lore that has come up, and last what shall stand near the end."
+    "The card's texts for this prompt: filled in, with active lore, and what goes near the end."
     c = self.who.card
     def count(t): return len(text_ids(self.voice.tok, t))
     turns = sum(t.role == 'assistant' for t in path)
@@ -171,7 +171,7 @@ def by_card(self:Session, path:list[Turn]) -> str:
 
 @patch
 def persona(self:Session, lang:str, path:list[Turn]) -> str:
-    "What the model is told of the character now: in this language, with the lore that has come up."
+    "The persona for this prompt: in this language, with the lore that has come up."
     own = self.who.personas.get(lang)
     text = own
     if own is None: text = next(iter(self.who.personas.values()), '')
@@ -224,7 +224,7 @@ def stops(self:Session) -> tuple[str,...]:
 # %% ../nbs/chat/session.ipynb #07b0001ay
 @patch
 def answer(self:Session) -> Iterator[str]:
-    "Let the character answer the last line, piece by piece; what was said when it is broken off is kept."
+    "Let the character answer the last line, piece by piece; if interrupted, what was said is kept."
     path = self.path()
     if not path or path[-1].role != 'user': raise ValueError('Nothing to answer: say something first.')
     here, s = self.at, replace(self.sampling)
@@ -237,7 +237,7 @@ def answer(self:Session) -> Iterator[str]:
 
 @patch
 def say(self:Session, text:str) -> Iterator[str]:
-    "Say something, and hear the answer piece by piece."
+    "Say something, and get the answer piece by piece."
     if not text.strip(): raise ValueError('Nothing was said.')
     self.add('user', text.strip())
     yield from self.answer()
@@ -272,7 +272,7 @@ def edit(self:Session, text:str) -> Turn:
 # %% ../nbs/chat/session.ipynb #07b0001bz
 @patch
 def beside(self:Session, at:int|None=None) -> list[Turn]:
-    "The turns that stand at the same place: the tries, in order."
+    "Alternative turns at the same place: the tries, in order."
     t = self.turns[(at or self.at)-1]
     return [o for o in self.turns if o.parent == t.parent and o.role == t.role]
 
@@ -318,7 +318,7 @@ class Log(BaseModel):
 
     @model_validator(mode='after')
     def whole(self):
-        "Each turn stands behind one before it."
+        "Check that each turn follows an earlier one."
         ok = all(t.id == k and 0 <= t.parent < k and t.role in ('user', 'assistant')
                  for k, t in enumerate(self.turns, 1))
         if not ok or not 0 <= self.at <= len(self.turns): raise ValueError('its turns do not hang together')

@@ -113,7 +113,7 @@ def gain_matrix(lines:list[dict]) -> pd.DataFrame: # rows: whose replies; column
 
 # %% ../nbs/studies/specificity.ipynb #28e94406
 def own_less_others(lines:list[dict]) -> np.ndarray: # (replies,) nats per token
-    "The gain of a reply's own adapter, less the mean gain of the others."
+    "The gain from a reply's own adapter minus the mean gain from the others."
     gains, names = gain_table(lines)
     own = np.array([o['character'] for o in lines])[:, None] == np.array(names)
     return gains[own] - np.where(own, 0, gains).sum(1)/(len(names)-1)

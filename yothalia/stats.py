@@ -36,10 +36,10 @@ class StatsConfig(Config):
 
 # %% ../nbs/benchmark/stats.ipynb #a62cad54
 class StatsError(ValueError):
-    "Records that cannot be compared, said in one sentence with what to do."
+    "Records that cannot be compared; the message says what to do."
 
 def setting(record:dict, key:str):
-    "What a record says of `key`: in `what`, else among the parameters of its run, else None."
+    "A record's value for `key`: in `what`, else among the parameters of its run, else None."
     return record['what'].get(key, record['run'].get('params', {}).get(key))
 
 def benchmark_records(source:str|Path|list[dict], # a folder, or records from `load_records`
@@ -116,7 +116,7 @@ def _read(file:Path, by:str # a per-question file, the score that decides
 
 # %% ../nbs/benchmark/stats.ipynb #c0d15ab2
 class Answers:
-    """Who answered what: a table with one line per question and value of the compared setting, and the records behind
+    """The answers: a table with one line per question and value of the compared setting, and the records behind
     it."""
     def __init__(self, table:pd.DataFrame, # `along`, id, cluster, lang, answer, picked, right
                  along:str='condition', # the column that is compared
