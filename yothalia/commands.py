@@ -45,7 +45,7 @@ def one_sentence(): # the console
 Recipe = Annotated[str, typer.Argument(help='a YAML file with parameters, or the name of a shipped recipe; '
                                               'else the defaults for rows of your own, or the sample')]
 Parameters = Annotated[list[str], typer.Option('-p', help='name=value, or step.name=value; overrides the recipe')]
-Name = Annotated[str, typer.Option('--name', help='the run is kept in _runs/NAME')]
+Name = Annotated[str, typer.Option('--name', help='name of the run, kept in _runs/NAME')]
 Steps = Annotated[list[str], typer.Option('--steps', help='only these steps, e.g. 01_data,04_benchmark')]
 
 def listed(given:list[str]) -> list[str]: return [s.strip() for g in given for s in g.split(',')]
@@ -75,10 +75,10 @@ def _rate() -> float: # FLOP/s
 # %% ../nbs/run/commands.ipynb #e9c30a39
 @app.command()
 def run(recipe: Recipe='', parameter: Parameters=[], name: Name='default', steps: Steps=[],
-        again: Annotated[bool, typer.Option('--again', help='do finished steps again')]=False,
-        whole: Annotated[bool, typer.Option('--whole', help='all of the recipe, however long it takes here')]=False,
+        again: Annotated[bool, typer.Option('--again', help='repeat finished steps')]=False,
+        whole: Annotated[bool, typer.Option('--whole', help='the whole recipe, however long it takes here')]=False,
         list_: Annotated[str, typer.Option('--list',
-                                           help='show the parameters of a step, or "steps", and do nothing')]=''):
+                                           help='show the parameters of a step, or all "steps", and exit')]=''):
     "Run the pipeline: data, LoRA, quantization, benchmark, profiling; then show the results."
     with one_sentence() as console:
         if list_: return show_parameters(list_, console)
@@ -118,9 +118,9 @@ def first_line(path:Path) -> str:
 
 # %% ../nbs/run/commands.ipynb #c64ffeb8
 @app.command()
-def check(data: Annotated[str, typer.Argument(help='a file or a folder of them, "sample", or a data set by name')],
+def check(data: Annotated[str, typer.Argument(help='a file, a folder of files, "sample", or a named data set')],
           parameter: Parameters=[],
-          model: Annotated[str, typer.Option(help='whose time and memory is estimated')]='smollm2-135m'):
+          model: Annotated[str, typer.Option(help='the model to estimate time and memory for')]='smollm2-135m'):
     "Look at a file before anything runs: rows, languages, turns, split, questions, time and memory."
     with one_sentence() as console:
         from yothalia.check import full_check
@@ -145,8 +145,9 @@ def results(name: Shown='default'):
         show_results(shown_run(name), console)
 
 @app.command()
-def report(name: Shown='default', to: Annotated[str, typer.Option(help='else report.html in the folder')]='',
-           talk: Annotated[str, typer.Option(help='a saved talk that shall stand in it')]=''):
+def report(name: Shown='default',
+           to: Annotated[str, typer.Option(help="where to write it; default: report.html in the run's folder")]='',
+           talk: Annotated[str, typer.Option(help='a saved chat to include')]=''):
     "Write a run as one HTML file that opens anywhere: findings, plots, every question, what it said."
     with one_sentence() as console:
         from yothalia.report import write_report
@@ -163,15 +164,15 @@ def run_or_model(name:str, model:str, precision:str, adapter:str): # Run
 
 # %% ../nbs/run/commands.ipynb #b7d293d0
 @app.command()
-@takes(dict(model='', precision='', adapter='auto', questions=0), model='else the one of the run, or the default',
-       precision='fp32, bf16, int8, nf4, …; else as it was trained', adapter="a folder; else the run's own",
-       questions='at most so many, drawn by chance; 0 for all')
+@takes(dict(model='', precision='', adapter='auto', questions=0), model="default: the run's, or the default model",
+       precision='fp32, bf16, int8, nf4, …; default: as it was trained', adapter="a folder; default: the run's own",
+       questions='at most this many, chosen at random; 0 for all')
 def ask(file: Annotated[str, typer.Argument(help="a published file, a folder, or a run's questions-….jsonl")],
         name: Name='default',
-        mode: Annotated[list[str], typer.Option(help='cloze, letter or generate; several by several --mode')]=[
+        mode: Annotated[list[str], typer.Option(help='cloze, letter or generate; repeat --mode for several')]=[
             'cloze', 'letter'],
-        task: Annotated[str, typer.Option(help='write them as a task of lm-evaluation-harness into this folder')]='',
-        samples: Annotated[str, typer.Option(help='read what the harness has logged, samples_….jsonl')]='', **given):
+        task: Annotated[str, typer.Option(help='write them as a task for lm-evaluation-harness into this folder')]='',
+        samples: Annotated[str, typer.Option(help='read a log of the harness, samples_….jsonl')]='', **given):
     "Ask the questions of a published set, or of a run."
     with one_sentence() as console:
         from yothalia.public import AskedSet, PublicConfig, ask_set, lm_eval_task, public_table
@@ -194,11 +195,11 @@ def trained_run(name:str): # Run
 # %% ../nbs/run/commands.ipynb #1f9b7ebc
 @app.command()
 @takes(dict(rows=40, questions=20, url='http://127.0.0.1:8000/v1'),
-       rows='held-out rows that each export is asked about; 0 for all', questions='questions of each track; 0 for all',
-       url='where `yothalia serve` will be, for the settings of front ' 'ends')
+       rows='held-out rows to ask each export about; 0 for all', questions='questions of each track; 0 for all',
+       url='address of `yothalia serve`, for the settings of front ends')
 def export(name: Name='default',
-           form: Annotated[list[str], typer.Option(help='merged, int8, nf4, nf4-dq, fp4, gguf, gguf-q8_0; several by '
-                                                        'several --form')]=['merged'],
+           form: Annotated[list[str], typer.Option(help='merged, int8, nf4, nf4-dq, fp4, gguf, gguf-q8_0; '
+                                                        'repeat --form for several')]=['merged'],
            **given):
     "Write a run's character for other programs, and check that each export is still the one that was tested."
     with one_sentence() as console:
@@ -215,13 +216,13 @@ def export(name: Name='default',
 
 # %% ../nbs/run/commands.ipynb #945b66d9
 @app.command()
-@takes(dict(rows=40, questions=20), rows='held-out rows that it is asked about; 0 for all',
+@takes(dict(rows=40, questions=20), rows='held-out rows to ask about; 0 for all',
        questions='questions of each track; 0 for all')
 def verify(place: Annotated[str, typer.Argument(help="a model's folder, a GGUF file, or the address of a server up to "
                                                      "/v1")],
            name: Annotated[str, typer.Option(help='the run in _runs that was tested')]='default',
-           model: Annotated[str, typer.Option(help='name of the model at the server')]='',
-           precision: Annotated[str, typer.Option(help='at which its weights are held; else read from its folder')]='',
+           model: Annotated[str, typer.Option(help='name of the model on the server')]='',
+           precision: Annotated[str, typer.Option(help='precision of its weights; default: read from its folder')]='',
            **given):
     "Is this still the character that was tested? Exit code 0 if it is, 3 if it is not."
     with one_sentence() as console:
@@ -235,9 +236,9 @@ def verify(place: Annotated[str, typer.Argument(help="a model's folder, a GGUF f
 # %% ../nbs/run/commands.ipynb #5e57979a
 @app.command()
 def push(folder: Annotated[str, typer.Argument(help='an export or an adapter')],
-         repo: Annotated[str, typer.Argument(help='owner/name at the hub')],
-         really: Annotated[bool, typer.Option('--really', help='upload; else only say what would be')]=False,
-         public: Annotated[bool, typer.Option('--public', help='for everybody to see')]=False):
+         repo: Annotated[str, typer.Argument(help='owner/name on the hub')],
+         really: Annotated[bool, typer.Option('--really', help='upload; otherwise only show what would be')]=False,
+         public: Annotated[bool, typer.Option('--public', help='make it visible to everybody')]=False):
     "Upload an export to the hub; without --really only say what would be uploaded."
     with one_sentence() as console:
         from yothalia.export import push_plan, upload
@@ -251,11 +252,10 @@ def push(folder: Annotated[str, typer.Argument(help='an export or an adapter')],
 def card(file: Annotated[str, typer.Argument(help='a card to look at; without one, a card is made for a character of '
                                                   'a run')]='',
          name: Name='default',
-         character: Annotated[str, typer.Option(help='of the run; else the one with the most rows')]='',
-         picture: Annotated[str, typer.Option(help='a PNG for it; else a plain one')]='',
-         to: Annotated[str, typer.Option(help='where it is written: .json, .png or .charx; else into the folder of '
-                                              'the run')]='',
-         user: Annotated[str, typer.Option(help='whom the character talks to, when its prompt is shown')]='User'):
+         character: Annotated[str, typer.Option(help='a character of the run; default: the one with the most rows')]='',
+         picture: Annotated[str, typer.Option(help='its portrait, a PNG; default: a plain one')]='',
+         to: Annotated[str, typer.Option(help=".json, .png or .charx to write; default: the run's folder")]='',
+         user: Annotated[str, typer.Option(help="the user's name in the prompt that is shown")]='User'):
     "Make a character card with the measured results in its notes, or show one and write it in another form."
     with one_sentence() as console:
         from yothalia.cards import file_name, read_card
@@ -270,9 +270,9 @@ def card(file: Annotated[str, typer.Argument(help='a card to look at; without on
             console.print(f'card        {tidy(place)}', markup=False, highlight=False, soft_wrap=True)
 
 # %% ../nbs/run/commands.ipynb #8d01cc78
-_WORN = dict(model='else the one that was trained, or the default',
-             precision='fp32, bf16, int8, nf4, …; else as it was trained',
-             adapter="a folder, or empty for none; else the run's own")
+_WORN = dict(model='default: the one that was trained, or the default model',
+             precision='fp32, bf16, int8, nf4, …; default: as it was trained',
+             adapter="a folder, or empty for none; default: the run's own")
 
 def _talk(s, user:str, console, place:Path):
     from yothalia.terminal import talk
@@ -285,13 +285,14 @@ def _talk(s, user:str, console, place:Path):
 # %% ../nbs/run/commands.ipynb #6d07ecf0
 @app.command()
 @takes(dict(character='', user='User', model='', precision='', adapter='auto', template='auto', preset='lively',
-            new_tokens=256, context=2048, summarise=False), character='of the run; else the one with the most rows',
-       user='what the character calls you', **_WORN, template='how the persona is told',
-       preset='greedy, calm, lively or wild', new_tokens='of a reply, at most',
-       context='tokens of a prompt and its reply',
-       summarise='sum up turns that no longer fit, instead of dropping them')
+            new_tokens=256, context=2048, summarise=False),
+       character='a character of the run; default: the one with the most rows',
+       user='what the character calls you', **_WORN, template='prompt template',
+       preset='greedy, calm, lively or wild', new_tokens='maximum length of a reply',
+       context='tokens for a prompt and its reply',
+       summarise='summarise turns that no longer fit, instead of dropping them')
 def chat(where: Annotated[str, typer.Argument(help='a run, a card, or an adapter')]='default',
-         log: Annotated[str, typer.Option(help='a saved talk to go on with')]='', **given):
+         log: Annotated[str, typer.Option(help='a saved chat to continue')]='', **given):
     "Talk to a character in the terminal."
     with one_sentence() as console:
         from yothalia.chat import TalkConfig, opened
@@ -347,22 +348,22 @@ def free_port(host:str, port:int):
 
 # %% ../nbs/run/commands.ipynb #1c676345
 _BEHIND = dict(
-    engine='another engine that does the work: its address up to /v1', engine_model='name of the model there',
-    engine_adapter='and of the model with the adapter',
-    origin='another page that may ask from a browser, https://…; several by several --origin',
-    strict='refuse what a client asks for and is not there, rather than leave it out and say so')
+    engine='address of another engine that does the work, up to /v1', engine_model='name of the model there',
+    engine_adapter='name of the model with the adapter there',
+    origin='another web page that may use it, https://…; repeat --origin for several',
+    strict='refuse settings that are not supported, rather than leave them out and report it')
 
 # %% ../nbs/run/commands.ipynb #73f77104
 @app.command()
 @takes(dict(model='', precision='', adapter='auto', adapter_of=[], user='User', places=16, waiting=64, room=2048,
             new_tokens=256, engine='', engine_model='', engine_adapter='', origin=[], strict=False), **_WORN,
-       adapter_of='an adapter of its own for a character, NAME=FOLDER or NAME=RUN; several by several --adapter-of',
-       user='what the characters call those who talk to them', places='who can be answered at once',
-       waiting='who may wait', room='tokens of a prompt and its reply',
-       new_tokens='of a reply, unless told otherwise', **_BEHIND)
+       adapter_of='an adapter for one character, NAME=FOLDER or NAME=RUN; repeat for several',
+       user='what the characters call the user', places='replies in progress at the same time',
+       waiting='requests that may wait', room='tokens for a prompt and its reply',
+       new_tokens='maximum length of a reply, unless the request says otherwise', **_BEHIND)
 def serve(name: Annotated[str, typer.Argument(help='a run in _runs')]='default',
-          card: Annotated[list[str], typer.Option(help='a character card; several by several --card')]=[],
-          host: Annotated[str, typer.Option(help='where it listens; not here needs YOTHALIA_KEY')]='127.0.0.1',
+          card: Annotated[list[str], typer.Option(help='a character card; repeat --card for several')]=[],
+          host: Annotated[str, typer.Option(help='address to listen on; 0.0.0.0 needs YOTHALIA_KEY')]='127.0.0.1',
           port: Annotated[int, typer.Option(min=0, max=65535)]=8000, **given):
     "Serve the characters of a run and of cards: a web page, and the APIs of OpenAI and Ollama."
     with one_sentence() as console:
@@ -380,12 +381,12 @@ def serve(name: Annotated[str, typer.Argument(help='a run in _runs')]='default',
 
 # %% ../nbs/run/commands.ipynb #1f6580d9
 @app.command()
-@takes(dict.fromkeys(('gpus', 'nodes', 'time', 'partition', 'account', 'container')), gpus='per node', nodes='how many',
-       time='of a step, such as 04:00:00', partition='of sbatch', account='of sbatch',
-       container='an image of apptainer')
+@takes(dict.fromkeys(('gpus', 'nodes', 'time', 'partition', 'account', 'container')), gpus='per node',
+       nodes='number of nodes', time='limit for a step, such as 04:00:00', partition="sbatch's", account="sbatch's",
+       container='an apptainer image')
 def submit(recipe: Recipe='', parameter: Parameters=[], name: Name='default', steps: Steps=[],
-           grid: Annotated[str, typer.Option(help='YAML file with lists: a run for each combination')]='',
-           site: Annotated[str, typer.Option(help="the file of the cluster's settings")]='',
+           grid: Annotated[str, typer.Option(help='YAML file with lists; one run for each combination')]='',
+           site: Annotated[str, typer.Option(help="the cluster's settings file")]='',
            dry_run: Annotated[bool, typer.Option('--dry-run', help='write the files and print them')]=False, **given):
     "Hand a run, or a grid of runs, to Slurm."
     with one_sentence() as console:
@@ -404,7 +405,7 @@ def submit(recipe: Recipe='', parameter: Parameters=[], name: Name='default', st
 # %% ../nbs/run/commands.ipynb #637bc4b7
 @app.command()
 def step(folder: Annotated[Path, typer.Argument(help='the folder of a submitted run')],
-         steps: Annotated[list[str], typer.Argument(help='all if none is named')]=None):
+         steps: Annotated[list[str], typer.Argument(help='default: all')]=None):
     "Do steps of a submitted run: what the batch files call."
     with one_sentence():
         console = Console(force_jupyter=False, force_terminal=False, width=160)
@@ -415,7 +416,7 @@ def step(folder: Annotated[Path, typer.Argument(help='the folder of a submitted 
 
 # %% ../nbs/run/commands.ipynb #80216ccc
 @app.command()
-def status(name: Annotated[str, typer.Argument(help='a run in _runs; all submitted ones if left out')]=''):
+def status(name: Annotated[str, typer.Argument(help='a run in _runs; default: all submitted ones')]=''):
     "Show how far submitted runs are, and for a failure the last lines."
     with one_sentence() as console:
         runs = rooted('_runs')
@@ -439,7 +440,7 @@ def show_status(folder:Path, console:Console):
 
 # %% ../nbs/run/commands.ipynb #6d3a0a98
 @app.command()
-def collect(name: Annotated[str, typer.Argument(help='a run, a grid, or nothing for all runs')]=''):
+def collect(name: Annotated[str, typer.Argument(help='a run or a grid; default: all runs')]=''):
     "Gather the records of all runs into one table and one figure."
     with one_sentence() as console:
         import matplotlib
@@ -460,8 +461,8 @@ def collect(name: Annotated[str, typer.Argument(help='a run, a grid, or nothing 
 
 # %% ../nbs/run/commands.ipynb #5f84d715
 @app.command()
-def notebooks(folder: Annotated[Path, typer.Argument(help='where they go')]=Path('.'), steps: Steps=[]):
-    "Write the notebooks of the steps, without their lessons, as jobs for papermill and JupyterLab."
+def notebooks(folder: Annotated[Path, typer.Argument(help='folder to write them to')]=Path('.'), steps: Steps=[]):
+    "Write the notebooks of the steps, without lessons, as jobs for papermill and JupyterLab."
     with one_sentence() as console:
         made = {rooted(folder)/job_notebook(s).name: s for s in known_steps(listed(steps)) or STEPS}
         if there := next((tidy(f) for f in made if f.exists()), ''):
@@ -495,7 +496,7 @@ def site():
 
 # %% ../nbs/run/commands.ipynb #e055cb62
 @app.command()
-def docs(out: Annotated[Path, typer.Option(help='where the site goes')]=Path('_docs'),
+def docs(out: Annotated[Path, typer.Option(help='folder to write the site to')]=Path('_docs'),
          quarto: Annotated[bool, typer.Option(help='use Quarto where it is installed')]=True):
     "Build the site from the notebooks as they are, without running them."
     with one_sentence() as console:

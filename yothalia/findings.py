@@ -68,8 +68,8 @@ def difference_sentence(by:dict, a:str, b:str, words:str) -> list[str]: # one se
 # %% ../nbs/run/findings.ipynb #2945c37f
 ABOUT = ('speaker', 'voice') # the tracks that ask about the character
 ASKED = dict(prompt='told the persona', both='fine-tuned as well', base='told nothing')
-COMPARED = (('none', 'prompt', 'told it, against the rule'), ('base', 'prompt', 'the persona'),
-            ('prompt', 'both', 'the fine-tuning of the model that is told it'))
+COMPARED = (('none', 'prompt', 'the model told the persona, against the rule'), ('base', 'prompt', 'the persona'),
+            ('prompt', 'both', 'fine-tuning it as well'))
 
 def by_construction(given, condition:str) -> bool: # from `answers`
     "Whether there are closed sets, and the answers are right exactly once in each: one favourite for all."
@@ -97,7 +97,7 @@ def character_sentence(bench:list[dict], track:str) -> list[str]:
     found = ', '.join(f'{named[c]} {got[c]}' for c in ASKED if c in got)
     made = [s for a, b, words in COMPARED if a != 'base' or not fixed for s in difference_sentence(by, a, b, words)]
     more = f" Paired differences: {'; '.join(made)}." if made else ''
-    return [f"{TRACKS[track].asks} Right of {len(given.wide)} questions: {found}{beside_it(by)}.{more}"]
+    return [f"{TRACKS[track].asks} Right answers to {len(given.wide)} questions: {found}{beside_it(by)}.{more}"]
 
 # %% ../nbs/run/findings.ipynb #b922ab82
 def reply_sentences(bench:list[dict]) -> list[str]:
@@ -108,7 +108,7 @@ def reply_sentences(bench:list[dict]) -> list[str]:
         got = headline_accuracies(by)
         n = next((m['n'] for m in got.values()), 0)
         found = ', '.join(f'{c} {as_percent(m)}' for c, m in got.items())
-        made = difference_sentence(by, 'base', 'lora', 'the fine-tuning') if TRACKS[track].alone else []
+        made = difference_sentence(by, 'base', 'lora', 'fine-tuning') if TRACKS[track].alone else []
         more = f" Paired: {'; '.join(made)}." if made else ''
         out.append(f'{TRACKS[track].asks} (track {track}, {n} questions) {found}{beside_it(by)}.{more}')
     return out
@@ -143,7 +143,7 @@ def played_sentences(records:list[dict]) -> list[str]:
     ends = [f"{c} {by[c]['stops']['value']:.0%}" for c in CONDITIONS if c in by]
     said = replies.plays(records)
     return ([f'Does it play the character? {said}']*bool(said)
-            + [f"Does it stop? So many of its replies end by themselves: {', '.join(ends)}."]*bool(ends))
+            + [f"Does it stop? Replies that end by themselves: {', '.join(ends)}."]*bool(ends))
 
 def memory_sentence(records:list[dict]) -> list[str]:
     "How often it remembers what it was told."
@@ -180,8 +180,8 @@ def loss_sentence(records:list[dict]) -> list[str]:
         if g := m.get(f'gain {key}'):
             said.append(f'{words} {signed(g)}' + ' (not established)'*open_(g))
     n = next((m[k]['n'] for k in m if k.startswith('gain')), 0)
-    return [f"Prompt or fine-tuning? What they take off the surprise at the author's own replies, in nats per token, "
-            f"on {n} held-out conversations: {'; '.join(said)}."]*bool(said)
+    return [f"Prompt or fine-tuning? How much likelier they make the author's replies, in nats per token, on {n} "
+            f"held-out conversations: {'; '.join(said)}."]*bool(said)
 
 # %% ../nbs/run/findings.ipynb #c86da530x
 def cost_sentence(records:list[dict]) -> list[str]:
@@ -209,9 +209,9 @@ def time_sentence(records:list[dict]) -> list[str]:
     m = records[0]['metrics']
     spent = {k: m[f'train {k}']['value'] for k in ('forward', 'backward', 'optimizer', 'loader')}
     parts = ', '.join(f'{k} {v/sum(spent.values()):.0%}' for k, v in spent.items())
-    return [f"Where does the time go? Of a training step {parts}; {m['train tokens/s']['value']:,.0f} tokens per "
+    return [f"Where does the time go? A training step: {parts}; {m['train tokens/s']['value']:,.0f} tokens per "
             f"second, "
-            f"{m['train share of matmul rate']['value']:.0%} of what this machine's matrix products reach."]
+            f"{m['train share of matmul rate']['value']:.0%} of this machine's matrix rate."]
 
 # %% ../nbs/run/findings.ipynb #cc273e52
 # step → its sentences; the first is what a run is done for

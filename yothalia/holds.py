@@ -18,7 +18,7 @@ from .prompts import *
 from .runs import *
 from .questions import row_id
 from .stats import mean_metric
-from .replies import (ASSISTANT, SpokenConfig, asked_lines, by_luck, gains_in_words, heard_conditions,
+from .replies import (ASSISTANT, SAID_OF, SpokenConfig, asked_lines, by_luck, gains_in_words, heard_conditions,
                               mean_of, next_turn, own_probability, points, replies_of, with_rivals)
 
 # %% ../nbs/benchmark/holds.ipynb #42b8f6dd
@@ -223,7 +223,7 @@ def changes(records:list[dict], field:str) -> dict[str,dict]: # of one condition
     for r in records:
         m, last = r['metrics'], situations(r)[-1].removesuffix(AGAIN)
         names = {n: n for n in BREAKS} if r['what']['part'] == 'break' else {
-            last: f'after {last}', f'{last}{AGAIN}, not once': 'told again then'}
+            last: f'after {last}', f'{last}{AGAIN}, not once': 'persona said again'}
         out |= {words: m[k] for n, words in names.items() if (k := f'{field}, {n}, change') in m}
     return out
 
@@ -237,10 +237,10 @@ def holds(records:list[dict]) -> str: # empty where a language has one character
         some = [r for r in records if r['what']['condition'] == c]
         calm = next((m for r in some if (m := r['metrics'].get('recognised, calm'))), None)
         if calm is None: continue
-        said += [f"Of its replies ({c}) {calm['value']:.0%} are taken for the character's.",
+        said += [f"{SAID_OF[c]}, {calm['value']:.0%} of its replies are taken for the character's.",
                  *gains_in_words(changes(some, 'recognised'))]
         if more := [f'{k} {points(m)}' for k, m in _established(changes(some, 'assistant phrases')).items()]:
-            said.append(f"Phrases of an assistant: {', '.join(more)}.")
+            said.append(f"An assistant's phrases: {', '.join(more)}.")
         if nats := [f'{k} {m:+.2f}' for k, m in _established(changes(some, 'likelier')).items()]:
             said.append(f"The author's words against an assistant's, in nats per token: {', '.join(nats)}.")
     return ' '.join(said)

@@ -135,8 +135,8 @@ def leaks(records:list[dict]) -> str:
     times = lambda c: {0: 'nowhere', 1: 'once', 2: 'twice'}.get(c, f'{c} times')
     said = [f"{times(c)} {m[f'exposure, {c}']['value']:.1f} bits, said in {m[f'said, {c}']['value']:.0%}"
             for c in sorted(int(k.split(', ')[1]) for k in m if k.startswith('said'))]
-    return (f"Planted secrets, of {math.log2(n):.1f} bits each, after {r['what']['epochs']:g} epochs over "
-            f"{r['what']['rows']} rows: what stands there {'; '.join(said)}. By chance it is "
+    return (f"The exposure of planted secrets, {math.log2(n):.1f} bits at most, after {r['what']['epochs']:g} epochs "
+            f"over {r['what']['rows']} rows: planted {'; '.join(said)}. By chance it is "
             f"{np.mean([exposure(k, n) for k in range(1, n+1)]):.1f} bits.")
 
 # %% ../nbs/studies/leaks.ipynb #db46454c

@@ -251,9 +251,9 @@ def public_sentences(records:list[dict]) -> list[str]: # one for each file
             said.append(f"{WAYS[r['what']['mode']]} ({by}) {Metric(m):.0%}")
         title = f"{SETS[kind].title} ({Path(file).stem})" if kind in SETS else Path(file).stem
         changed = [f'{k} {points(m)}' for k, m in adapter_changes(some).items()]
-        out.append(f"Questions of others: right of {m['n']:,} of {title}: {', '.join(said)}, "
+        out.append(f"Published questions, {title}: of {m['n']:,} right {', '.join(said)}, "
                    f"chance {numbers_of(some[-1])['chance']['value']:.0%}."
-                   + f" The adapter changes it {', '.join(changed)}."*bool(changed))
+                   + f" The adapter's effect: {', '.join(changed)}."*bool(changed))
     return out
 
 # %% ../nbs/benchmark/public.ipynb #6455d6ed

@@ -42,7 +42,7 @@ class Track:
 
 _told = ('two characters of one language with personas', 'persona')
 TRACKS = {'speaker': Track('Who is speaking?', *_told),
-          'speaker-near': Track('Who is speaking, among their like?', *_told, near=True),
+          'speaker-near': Track('Who is speaking, among similar characters?', *_told, near=True),
           'speaker-masked': Track('Who is speaking, without names?', *_told, masked=True),
           'voice': Track('Whose reply is it?', 'lines that several characters answer, the same or alike'),
           'random': Track('Which reply, among any others?', 'rows of one language', closed=False),

@@ -96,7 +96,7 @@ async function nextLine() { // a talk of its own, so that everybody hears the sa
   if (stopper || document.querySelector('.duel')) return;
   try {
     const id = me().id, o = await (await ask('/page/line', {character: id, number: heardOf[id] || 0})).json();
-    if (!o.text) { $('tally').textContent = heardOf[id] ? 'All drawn lines were heard.' : 'No lines were drawn for this character.'; return }
+    if (!o.text) { $('tally').textContent = heardOf[id] ? 'You have heard all the lines.' : 'There are no lines for this character.'; return }
     heardOf[id] = (heardOf[id] || 0) + 1; fresh(); turns = []; drawn = o; $('line').value = o.text; $('say').requestSubmit();
   } catch (e) { wrong(e) }
 }
