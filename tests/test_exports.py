@@ -54,6 +54,13 @@ SIX = {
     'no mark.csv': (('question,answer\n' + each(lambda i, q, a: f'"{q}","{a}"')).encode('utf-16-le'), ''),
     'a message a row.csv': ('conversation_id,speaker,text\n' + each(lambda i, q, a: f'{i},Mara,"{q}"\n{i},Ghost,"{a}"'), 'Ghost'),
     'play lines.csv': ('Season,Episode,Character,Line\n' + each(lambda i, q, a: f'1,1,Mara,"{q}"\n1,1,Ghost,"{a}"'), 'Ghost'),
+    'sentences.csv': ('id,season,speaker,words_on_screen\n' + each(lambda i, q, a: f'{2*i},1,Mara,"{q}"\n{2*i+1},1,Ghost,"{a}"'), 'Ghost'),  # the text under a name of its own
+    'sentence.csv': ('Season;Name;Sentence\n' + each(lambda i, q, a: f'1;Mara;"{q}"\n1;Ghost;"{a}"'), 'Ghost'),
+    'french.csv': ('personnage;réplique\n' + each(lambda i, q, a: f'Mara;"{q}"\nGhost;"{a}"'), 'Ghost'),
+    'spanish.csv': ('personaje,pregunta,respuesta\n' + each(lambda i, q, a: f'Ghost,"{q}","{a}"'), ''),
+    'japanese.csv': ('質問,返答\n' + each(lambda i, q, a: f'"{q}","{a}"'), ''),
+    'names in pairs.json': (json.dumps([dict(dialog=[['Mara', q], ['Ghost', a]]) for q, a in PAIRS]), 'Ghost'),
+    'roles in pairs.jsonl': ('\n'.join(json.dumps([['user', q], ['assistant', a]]) for q, a in PAIRS), ''),
     'xtuner.json': (json.dumps([dict(conversation=[dict(system='A ghost.', input=q, output=a)]) for q, a in PAIRS]), ''),
     'parts.json': (json.dumps([dict(messages=[dict(role='user', content=[dict(type='text', value=q)]), dict(role='assistant', content=a)]) for q, a in PAIRS]), ''),
     'lists.jsonl': (objects(lambda q, a: asked(q, a)['messages']), ''),

@@ -276,6 +276,8 @@ def as_item(o) -> dict|str:
     if isinstance(o, dict): return {str(k).lower(): v for k, v in o.items()}
     if isinstance(o, list) and o and all(isinstance(t, dict) for t in o): return dict(messages=o)
     if isinstance(o, list) and len(o) > 1 and all(isinstance(t, str) for t in o): return dict(dialog=o)
+    pairs = isinstance(o, list) and all(isinstance(t, list) and [*map(type, t)] == [str, str] for t in o)
+    if pairs and o: return dict(dialog=o)
     return f'{_CALLED.get(type(o), "something")} where an object was expected'
 
 def json_lines(text:str) -> Iterator[tuple[int, dict|str]]:

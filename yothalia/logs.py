@@ -392,11 +392,15 @@ def stamped_chats(lines:list[str], kind:str, # of `STAMPS`
 
 # %% ../nbs/data/logs.ipynb #03e872bb
 TURN_COLUMNS = dict(
-    who=('speaker', 'sender', 'author', 'talker', 'sender_name', 'nickname', 'raw_character_text', 'player',
-         'character',
-         'username', 'from', 'role', 'name', 'user', 'npcname', 'speaker_idx', 'speaker_id', 'agent', '角色', '说话人'),
-    text=('text', 'message', 'msg', 'content', 'utterance', 'body', 'spoken_words', 'playerline', 'strcontent', 'line',
-          'dialogue', 'quote', 'value', 'transcript', 'english', '台词', '内容'),
+    who=('speaker', 'sender', 'author', 'talker', 'sender_name', 'speaker_name', 'character_name', 'nickname',
+         'raw_character_text', 'player', 'character', 'char', 'username', 'from', 'role', 'name', 'user', 'npcname',
+         'speaker_idx', 'speaker_id', 'agent', 'sprecher', 'figur', 'personnage', 'locuteur', 'personaje',
+         'hablante', 'personagem', 'personaggio', 'персонаж', 'говорящий', '角色', '说话人', '人物', '話者', 'キャラクター', '화자',
+         '인물'),
+    text=('text', 'message', 'msg', 'content', 'utterance', 'body', 'spoken_words', 'playerline', 'strcontent',
+          'line', 'dialogue', 'dialog', 'quote', 'value', 'transcript', 'english', 'character_words', 'sentence',
+          'line_text', 'speech', 'satz', 'réplique', 'texte', 'diálogo', 'frase', 'fala', 'battuta', 'реплика',
+          'текст', '台词', '内容', '文本', '台詞', 'セリフ', '대사'),
     scene=('conversation_id', 'conv_id', 'dialog_id', 'dialogue_id', 'conversation', 'chat_id', 'session_id', 'thread',
            'channel',
            'room_name', 'scene', 'episode', 'episode_id', 'play'),
@@ -405,10 +409,22 @@ TURN_COLUMNS = dict(
     id=('message_id',), parent=('parent_id',), rank=('rank',))
 _TEXT_KINDS = {'文本', 'text', '1', 'message', 'default', 'reply', 'generic', 'chat', ''}
 
-def turn_columns(columns) -> dict[str,str]: # what → column; empty where rows are no turns
-    "Which columns of a table of turns hold what."
+# %% ../nbs/data/logs.ipynb #13fea2d7
+def _wordy(objects:list[dict], column:str) -> bool:
+    "Whether a column holds sentences, nearly all of them different."
+    texts = [str(o[column]).strip() for o in objects if o.get(column)]
+    return len(texts) > 2 and len(set(texts)) > .8*len(texts) and np.mean([len(t) for t in texts]) > 15 and \
+        np.mean([' ' in t or not t.isascii() for t in texts]) > .6
+
+def _only_wordy(objects:list[dict], columns:set) -> str: # empty where there is none, or several
+    found = [c for c in columns if _wordy(objects, c)]
+    return found[0] if len(found) == 1 else ''
+
+def turn_columns(columns, objects:list[dict]=()) -> dict[str,str]: # what → column; empty where rows are not turns
+    "Which columns of a table of turns hold what; a text under an unknown name is known by its sentences."
     found = {f: next((c for c in names if c in columns), '') for f, names in TURN_COLUMNS.items()}
     pair = {*SPELLINGS['reply'], *(() if 'utterance' in columns else SPELLINGS['user'][1:5])}
+    found['text'] = found['text'] or _only_wordy(objects, set(columns) - set(found.values()))
     if found['who'] == found['text'] or pair & set(columns): return {}
     return {f: c for f, c in found.items() if c} if found['who'] and found['text'] else {}
 

@@ -238,11 +238,11 @@ def _header_is_row(columns:dict, keys:list[str]) -> bool:
     "Whether columns are named by numbers that are no names: then the first line is a row already."
     return any(str(c).isdigit() and str(c) not in keys for c in columns.values())
 
-def _as_messages(items, keys:list[str], pause:float): # None where the rows are no messages
-    "The items of a table with a message a row."
-    if not (found := turn_columns(keys)): return None
+def _as_messages(items, keys:list[str], objects:list[dict], pause:float): # None where the rows are not messages
+    "The items of a table with one message per row."
+    if not (found := turn_columns(keys, objects)): return None
     got = turn_rows([(i, o) for i, o in items if not isinstance(o, Header)], found, pause*3600)
-    note = Chats([], notes=[f'a message a row, by {found["who"]} and {found["text"]}'])
+    note = Chats([], notes=[f'one message per row, by {found["who"]} and {found["text"]}'])
     return iter([(0, note), *(enumerate(got, 1) if isinstance(got, list) else [(0, got)])])
 
 # %% ../nbs/data/rows.ipynb #fef10018
@@ -255,6 +255,7 @@ def _opened(items, source:str, columns:dict, pause:float): # items, names of col
     "Look at the first items: check the columns, and turn a table of messages into chats."
     head = list(islice(items, 30))
     header = next((o for _, o in head if isinstance(o, Header)), None)
+    items, head = _with_names(items, head)
     objects = [o for _, o in head if isinstance(o, dict)]
     items = chain(head, items)
     if header is None and not objects: return items, SPELLINGS
@@ -262,11 +263,36 @@ def _opened(items, source:str, columns:dict, pause:float): # items, names of col
     names = renamed(columns, keys, source)
     known = [shape_of(o, names) for o in objects or [dict.fromkeys(keys, 'x')]]
     if not columns and not any(known):
-        if messages := _as_messages(items, keys, pause): return messages, names
+        if messages := _as_messages(items, keys, objects, pause): return messages, names
         if talk := _talk_column(objects, keys): return map(lambda p: (p[0], talk(p[1])), items), names
     if not any(known) or known[0] is ROW: check_columns(keys, source, names, header)
     if header is not None and _header_is_row(columns, keys): items = chain([(1, dict(zip(keys, header)))], items)
     return items, names
+
+# %% ../nbs/data/rows.ipynb #36816bc7
+def _pairs(v) -> list: # [[text, text], …]; empty where it is something else
+    ok = isinstance(v, list) and len(v) and all(isinstance(p, (list, tuple)) and len(p) == 2 for p in v)
+    return v if ok and all(isinstance(t, str) for p in v for t in p) else []
+
+def _values(o) -> list: # of an item: those of an object, or a list itself
+    return list(o.values()) if isinstance(o, dict) else [o]
+
+def _names_in_pairs(head:list) -> bool:
+    "Whether the pairs in a file's first items begin with names: short, without a stop, and coming back."
+    firsts = Counter(p[0].strip() for o in head for v in _values(o) for p in _pairs(v))
+    again = sum(k for k in firsts.values() if k > 1)
+    short = all(len(w) <= 40 and not re.search(r'[.?!。？！…,]$', w) for w in firsts)
+    return len(firsts) > 1 and short and again > .8*firsts.total()
+
+def _by_names(o):
+    "An item whose pairs of a name and a text are turns."
+    def turns(v): return [dict(speaker=w, text=t) for w, t in v] if _pairs(v) else v
+    return {k: turns(v) for k, v in o.items()} if isinstance(o, dict) else turns(o)
+
+def _with_names(items, head:list): # the items, and the first of them
+    "The same with pairs as turns, if a file's first items show that they begin with names."
+    if not _names_in_pairs([o for _, o in head]): return items, head
+    return ((i, _by_names(o)) for i, o in items), [(i, _by_names(o)) for i, o in head]
 
 # %% ../nbs/data/rows.ipynb #55de22d7
 # yields line, row or reason, the item

@@ -97,14 +97,17 @@ def exchanges(turns:list[Turn], base:dict, # the fields that all rows share
 
 # %% ../nbs/data/shapes.ipynb #3b84477c
 SPELLINGS = dict(
-    character=('character', 'char', 'char_name', 'role_name', 'bot_name', 'character_name', 'name', '角色', '角色名'),
+    character=('character', 'char', 'char_name', 'role_name', 'bot_name', 'character_name', 'name', 'figur',
+               'personnage', 'personaje', 'personagem', 'personaggio', 'персонаж', '角色', '角色名', 'キャラクター', '캐릭터'),
     instruction=('persona', 'system', 'system_prompt', 'instruction', 'bot_info', 'bot_description',
                  'character_profile'),
     user=('user', 'question', 'query', 'input', 'prompt', 'line', 'human', 'instruction_text',
-          'user_message', 'user message', 'human_message', 'input_text', 'player', 'frage', '问题', '提问', 'q', 'context'),
+          'user_message', 'user message', 'human_message', 'input_text', 'player', 'frage', 'pregunta', 'pergunta',
+          'domanda', 'вопрос', '问题', '提问', '输入', '質問', '입력', '질문', 'q', 'context'),
     reply=('reply', 'assisstant', 'assistant', 'output', 'response', 'answer', 'completion', 'bot', 'target', 'gpt',
            'bot_response', 'bot response', 'response text', 'response_text', 'assistant_message', 'ai_response',
-           'model_output', 'target_text', 'ai', 'npc', 'antwort', '回答', '回复', 'a'),
+           'model_output', 'target_text', 'ai', 'npc', 'antwort', 'réponse', 'respuesta', 'resposta', 'risposta',
+           'ответ', '回答', '回复', '输出', '返答', '답변', '대답', 'a'),
     lang=('lang', 'language'), source=('source',), scene=('scene', 'conversation_id'))
 ROLES = {'human': 'user', 'gpt': 'assistant', 'model': 'assistant',
          'bot': 'assistant', 'char': 'assistant', 'chatgpt': 'assistant', 'ai': 'assistant', 'prompter': 'user',
