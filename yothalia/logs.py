@@ -314,6 +314,7 @@ STAMPS = {
     'IRC': Stamp(rf'\[?{_CLOCK}\]?\s+<[ @+%&~]?(?P<who>[^<>\s]+)>\s(?P<text>.*)',
                  rf'\[?{_CLOCK}\]?\s+(?:-!-|\*).*|---.*'),
     'QQ': Stamp(rf'{_DATE} {_CLOCK} (?P<who>.{{1,40}}?)[(<（][^()<>（）]+[)>）](?P<text>)', r'={8,}|消息(?:记录|分组|对象).*'),
+    'Zoom': Stamp(rf'{_CLOCK}\s+From\s+(?P<who>.{{1,60}}?)\s+to\s+.{{1,60}}?:(?P<text>.*)'),
     'WeeChat': Stamp(rf'{_DATE} {_CLOCK}\t[@+%&~]?(?P<who>[^\W\d][^\t]*)\t(?P<text>.*)', rf'{_DATE} {_CLOCK}\t.*')}
 
 _UNSEEN = str.maketrans({**dict.fromkeys(map(ord, '\u200e\u200f\u202a\u202b\u202c\u202d\u202e\ufeff')), 0x202f: ' ',
@@ -383,7 +384,7 @@ def stamped_chats(lines:list[str], kind:str, # of `STAMPS`
         if what == 'day': today = _day(m, first)
         elif what == 'message':
             day = _day(m, first) if 'a' in m.groupdict() else today
-            said.append([_instant(day, m), m['who'].strip(), m['text'], i])
+            said.append([_instant(day, m), m['who'].strip().rstrip(':'), m['text'], i])
         elif what == 'other': loose.append((i, 'a service message'))
         elif open_ and (l.strip() or said[-1][2]): said[-1][2] += '\n' + l.translate(_UNSEEN)
         open_ = what == 'message' or open_ and not what

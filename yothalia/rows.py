@@ -82,11 +82,16 @@ def _by_character(root:dict) -> list|None:
 
 INSIDE = 'data', 'rows', 'train', 'items', 'examples', 'intents' # keys under which a file keeps its list
 
+# %% ../nbs/data/rows.ipynb #930a3e74
+def _text_lists(v) -> list: # of ChatterBot: each list is a conversation; empty where it is something else
+    return v if isinstance(v, list) and all(isinstance(t, list) and {*map(type, t)} == {str} for t in v) else []
+
 def _listed(root) -> list|None:
     "The list of objects in a JSON file; None if there is none."
     if isinstance(root, list) and len(root) > 2 and {*map(type, root)} == {str}: return [root]
     if isinstance(root, list) or not isinstance(root, dict): return root if isinstance(root, list) else None
     low = as_item(root)
+    if talks := _text_lists(low.get('conversations')): return talks
     inside = [low[k] for k in INSIDE if isinstance(low.get(k), (list, dict))]
     found = next((_listed(v) for v in inside), None)
     if found is not None or (found := _by_columns(root)): return found
