@@ -123,7 +123,7 @@ def told():
     for line in page[page.index('| families |'):].split('\n\n')[0].splitlines()[2:]:
         families, *cells = [c.strip() for c in line.strip('|').split('|')]
         last = re.findall('`(.*?)`', families) or last
-        for kind in last: ways[kind, 'sliding' in families] = tuple(c != 'one by one' for c in cells)
+        for kind in last: ways[kind, 'longer than' in families] = tuple(c != 'one by one' for c in cells)
     return ways
 
 
