@@ -297,7 +297,7 @@ def _what(run:Run, condition:str) -> dict: # of a record
                 template=template_id(run.told if tells else 'bare'))
 
 # %% ../nbs/benchmark/replies.ipynb #3a1e1b61
-# told somebody else's persona; its own persona as the reply; the author as briefly; somebody else; the author
+# told somebody else's persona; its own persona as the reply; the author, cut as short; another hand; the author
 CONTROLS = ('stranger', 'parrot', 'author, cut', 'another hand', 'author')
 
 def by_hand(rows:list[dict]) -> list[dict]: # of authors
@@ -498,7 +498,7 @@ def remembers(records:list[dict]) -> str: # of `measure_memory`
 
 # %% ../nbs/benchmark/replies.ipynb #a7a00024
 def plot_replies(records:list[dict]):
-    "Five measures of what is said, one panel each, with intervals; the authors' own replies in black."
+    "Five measures of the replies, one panel each, with intervals; the authors' own replies in black."
     import matplotlib.pyplot as plt
     by = {r['what']['condition']: r['metrics'] for r in records}
     order = [c for c in (*CONDITIONS, *CONTROLS) if c in by]
@@ -524,7 +524,7 @@ class Played:
     def _repr_html_(self):
         return f'<p>{html.escape(repr(self))}</p>' + replies_table(self.records).to_html(index=False, border=0)
     def plot(self):
-        "Five measures of what is said, with intervals."
+        "Five measures of the replies, with intervals."
         return plot_replies(self.records)
     def side_by_side(self, n:int=6) -> pd.DataFrame: # lines
         "The same lines, with the replies to them."

@@ -201,7 +201,7 @@ def fitted(items:list, most:int=MOST//4, # bytes
     if size <= most: return items, ''
     n = max(1, len(items)*most//size)
     kept = [items[k*len(items)//n] for k in range(n)]
-    return kept, f'Here are {n:,} of {len(items):,}, taken evenly, so that the file can be sent.'
+    return kept, f'Here are {n:,} of {len(items):,}, spread evenly, to keep the file small.'
 
 # %% ../nbs/run/report.ipynb #ab151759
 def report_html(folder:Path, # with records
