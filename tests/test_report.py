@@ -27,7 +27,7 @@ def test_thinned(tmp_path):
     lines = [o | dict(user=f'{o["user"]} {k}', reply=o['reply']*4) for k in range(60) for o in read_jsonl(r['path'].parent/r['questions'])]
     save_record(tmp_path/'replies-both.json', r['what'], r['metrics'], r['run']['params'], write_jsonl(tmp_path/'l.jsonl', lines))
     page = write_report(tmp_path).read_text(encoding='utf-8')
-    assert len(page.encode()) < MOST/2 and 'taken evenly' in page and f'of {60*36:,}' in page
+    assert len(page.encode()) < MOST/2 and 'spread evenly' in page and f'of {60*36:,}' in page
 
 
 @pytest.fixture(scope='module')
