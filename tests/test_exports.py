@@ -64,6 +64,7 @@ SIX = {
     'meeting.txt': (each(lambda i, q, a: f'10:0{i}:22\t From Mara to Everyone:\n\t{q}\n10:0{i}:40\t From Ghost to Everyone:\n\t{a}'), 'Ghost'),
     'recorded.txt': (each(lambda i, q, a: f'00:0{i}:22\tMara:\t{q}\n00:0{i}:40\tGhost:\t{a}'), 'Ghost'),
     'chatterbot.yml': ('categories:\n- ghosts\nconversations:\n' + each(lambda i, q, a: f'- - "{q}"\n  - "{a}"'), ''),
+    'growing.jsonl': ('\n'.join(json.dumps(dict(query=q, response=a, history=[[x.rstrip('?.!'), y] for x, y in PAIRS[:i]])) for i, (q, a) in enumerate(PAIRS)), ''),
     'xtuner.json': (json.dumps([dict(conversation=[dict(system='A ghost.', input=q, output=a)]) for q, a in PAIRS]), ''),
     'parts.json': (json.dumps([dict(messages=[dict(role='user', content=[dict(type='text', value=q)]), dict(role='assistant', content=a)]) for q, a in PAIRS]), ''),
     'lists.jsonl': (objects(lambda q, a: asked(q, a)['messages']), ''),

@@ -284,7 +284,8 @@ def _values(o) -> list: # of an item: those of an object, or a list itself
 
 def _names_in_pairs(head:list) -> bool:
     "Whether the pairs in a file's first items begin with names: short, without a stop, and coming back."
-    firsts = Counter(p[0].strip() for o in head for v in _values(o) for p in _pairs(v))
+    said = {tuple(p) for o in head for v in _values(o) for p in _pairs(v)} # a history repeats its pairs
+    firsts = Counter(w.strip() for w, _ in said)
     again = sum(k for k in firsts.values() if k > 1)
     short = all(len(w) <= 40 and not re.search(r'[.?!。？！…,]$', w) for w in firsts)
     return len(firsts) > 1 and short and again > .8*firsts.total()
