@@ -6,7 +6,7 @@
 __all__ = ['SHAPES', 'WARMUP', 'TRAINERS', 'APART', 'UNITS', 'SpeedConfig', 'drawn', 'shaped', 'model_of', 'speed_rows',
            'train_ours', 'pieces', 'train_padded', 'packs', 'train_trl', 'train_unsloth', 'folded', 'trained',
            'trained_apart', 'train_here', 'Beside', 'train_asked', 'measure_speed', 'launch_time', 'trainer_name',
-           'speed_table', 'plot_speed', 'liger_pays']
+           'speed_table', 'plot_speed']
 
 # %% ../nbs/studies/speed.ipynb #02d00004
 import functools, gc, json, multiprocessing, subprocess, sys, tempfile, time
@@ -170,7 +170,7 @@ def _watched(trainer, tokens:list[int]) -> list[dict]:
 
 # %% ../nbs/studies/speed.ipynb #02d0000dy
 def _arguments(cfg:SpeedConfig, box:str, **kw) -> dict:
-    "What both of them are args."
+    "What both of them are told."
     return dict(output_dir=box, learning_rate=cfg.learning_rate, lr_scheduler_type='cosine', logging_steps=1,
                 save_strategy='no', report_to='none', disable_tqdm=True, use_cpu=device_info()['device'] == 'cpu',
                 remove_unused_columns=False, weight_decay=0., max_grad_norm=1., num_train_epochs=1, bf16=False) | kw
@@ -405,18 +405,3 @@ def plot_speed(records:list[dict], ax=None):
     ax.set(xscale='log', xlabel='tokens per second (share of the matrix rate)')
     ax.margins(x=.2)
     return ax
-
-# %% ../nbs/studies/speed.ipynb #02d00013q
-def liger_pays(records:list[dict]) -> pd.DataFrame: # a line for each model that was trained with and without
-    "After how many tokens Liger's kernels have paid for their compilation; infinity where they never do."
-    out = []
-    for (name, precision), t in speed_table(records).groupby(['model', 'precision'], sort=False):
-        if not {'ours', 'without-liger'} <= set(t.trainer): continue
-        a, b = (t.set_index('trainer').loc[k] for k in ('ours', 'without-liger'))
-        later, faster = a['before the second step']-b['before the second step'], 1/b['throughput']-1/a['throughput']
-        after = max(0., later)/faster if faster > 0 else float('inf')
-        n = a['share of matmul rate']*a['matmul rate']*1e12/a['throughput']/4
-        out.append({'model': name, 'precision': precision, 'tokens/s with': a['throughput'], 'without': b['throughput'],
-                    'seconds later': later,
-                    'pays after tokens': after, 'parameters times tokens': after*n})
-    return pd.DataFrame(out)

@@ -112,7 +112,7 @@ class TrainingArgs:
     max_norm: float = 1.       # of the gradient
     evals: int = 2             # how often the held-out loss is measured and a checkpoint saved
     pack_tokens: int = 0       # tokens of a pack; 0 for what suits the device
-    liger: bool|None = None    # use Liger's kernels where they are installed; None where it pays
+    liger: bool = True         # use Liger's kernels where they are installed
     fp8: bool = False          # products of the frozen weights in eight bits, where gradients are wanted
     # layers on the way back instead of keeping what they computed; None where memory is short
     recompute: bool|None = None
@@ -612,11 +612,8 @@ def run(self:Training) -> int: # the step that was taken up
     bar = progress(range(taken, n), 'training', n, self.how_it_goes)
     self.listen()
     self.saved = self.mark = time.perf_counter()
-    work = sum(p.numel() for p in self.model.parameters()) * sum(self.lengths[k] for b in self.batches[taken:]
-                                                                 for k in b)
     try:
-        with liger(self.model,
-                   {None: work, True: math.inf, False: 0}[self.args.liger]) as self.liger, packed(self.model):
+        with liger(self.model, self.args.liger) as self.liger, packed(self.model):
             if not self.at.log: self.aside(self.evaluate)
             for _ in bar: self.turn(n, lines, evals)
     finally: self.listen(False)
