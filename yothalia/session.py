@@ -196,7 +196,7 @@ def prompt(self:Session) -> str:
 # %% ../nbs/chat/session.ipynb #07b0001a1
 @patch
 def recalled(self:Session, path:list[Turn]) -> tuple[str,int]: # and how many turns it is about
-    "What is request of the first turns of a branch, where they were summed up."
+    "What is told of the first turns of a branch, where they were summed up."
     return next(((self.memory[t.id], k+1) for k, t in reversed([*enumerate(path)]) if t.id in self.memory), ('', 0))
 
 @patch
