@@ -233,7 +233,7 @@ def register(folder:Path, ids:dict[str,str]): # step → job id
     file = folder/'slurm'/'jobs.json'
     with FileLock(str(file)+'.lock'):
         known = json.loads(file.read_text()) if file.exists() else {}
-        known = {s: known.get(s, []) + [ids[s]] * (s in ids) for s in known | ids}
+        known |= {s: known.get(s, []) + [id] for s, id in ids.items()}
         with atomic(file) as f: f.write_text(json.dumps(known, indent=1))
 
 # %% ../nbs/run/slurm.ipynb #e625809b
