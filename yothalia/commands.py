@@ -51,13 +51,14 @@ Steps = Annotated[list[str], typer.Option('--steps', help='only these steps, e.g
 def listed(given:list[str]) -> list[str]: return [s.strip() for g in given for s in g.split(',')]
 
 # %% ../nbs/run/commands.ipynb #63f2b878
-def takes(defaults:dict, # option → default, which says its type
+def takes(defaults:dict, # option → default, which says its type; or the type alone, where nothing is the default
           **about:str # option → what it is
          ):
     "Decorator: a command that takes `**given` gets an option for each."
     def option(name):
         kind, value = type(defaults[name]), defaults[name]
-        kind = str if value is None else list[str] if kind in (list, dict) else kind
+        if isinstance(value, type): kind, value = value|None, None
+        if kind in (list, dict): kind = list[str]
         flag = dict(param_decls=[f'--{name.replace("_", "-")}'])
         return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=[] if kind == list[str] else value,
                                  annotation=Annotated[kind, typer.Option(*flag['param_decls'], help=about[name])])
@@ -381,7 +382,7 @@ def serve(name: Annotated[str, typer.Argument(help='a run in _runs')]='default',
 
 # %% ../nbs/run/commands.ipynb #1f6580d9
 @app.command()
-@takes(dict.fromkeys(('gpus', 'nodes', 'time', 'partition', 'account', 'container')), gpus='per node',
+@takes(dict(gpus=int, nodes=int, time=str, partition=str, account=str, container=str), gpus='per node',
        nodes='number of nodes', time='limit for a step, such as 04:00:00', partition="sbatch's", account="sbatch's",
        container='an apptainer image')
 def submit(recipe: Recipe='', parameter: Parameters=[], name: Name='default', steps: Steps=[],
@@ -390,7 +391,7 @@ def submit(recipe: Recipe='', parameter: Parameters=[], name: Name='default', st
            dry_run: Annotated[bool, typer.Option('--dry-run', help='write the files and print them')]=False, **given):
     "Hand a run, or a grid of runs, to Slurm."
     with one_sentence() as console:
-        here = find_site(site, **{k: int(v) if v and k in ('gpus', 'nodes') else v for k, v in given.items()})
+        here = find_site(site, **given)
         made = wanted_runs(recipe, parameter, name, listed(steps), grid)
         planned = {p: planned_for(rooted('_runs')/name/p, of) for p, of in made.items()}
         for of in planned.values(): look_first(of)
@@ -422,8 +423,9 @@ def status(name: Annotated[str, typer.Argument(help='a run in _runs; default: al
         runs = rooted('_runs')
         if name and not (runs/name/'slurm').is_dir():
             raise RunError(f'_runs/{name} was not submitted: `yothalia submit --name {name}`.')
-        for f in [runs/name] if name else sorted(p.parent.parent for p in runs.glob('*/slurm/jobs.json')):
-            show_status(f, console)
+        every = [runs/name] if name else sorted(p.parent.parent for p in runs.glob('*/slurm/jobs.json'))
+        if not every: raise RunError('Nothing was submitted from here yet: `yothalia submit`.')
+        for f in every: show_status(f, console)
 
 def show_status(folder:Path, console:Console):
     "Print the state of a submitted run."

@@ -199,8 +199,7 @@ def cost_sentence(records:list[dict]) -> list[str]:
     if not first or not said: return []
     n = first['metrics']['held-out loss']['n']
     return [f"How far can I quantize? Against {first['what']['precision']} ({size(first)}), in nats per token on {n} "
-            f"rows: "
-            f"{'; '.join(said)}."]
+            f"row{'s'*(n != 1)}: {'; '.join(said)}."]
 
 # %% ../nbs/run/findings.ipynb #c86da530y
 def time_sentence(records:list[dict]) -> list[str]:
