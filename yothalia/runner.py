@@ -150,7 +150,8 @@ def wanted(recipe:dict, # from the YAML file
             shared[name] = value
             for of in own.values(): of.pop(name, None)
     refuse_unknown(shared, own, known)
-    named = list(steps or recipe.get('steps') or ())
+    named = steps or recipe.get('steps') or ()
+    if isinstance(named, str): named = [s.strip() for s in named.split(',')]
     some = known_steps(named or STEPS)
     if not named and is_api(str(shared.get('model', ''))): some = [s for s in some if JOBS[s].away]
     def typed(s, k, v):
@@ -173,8 +174,10 @@ def unheard(given, steps # as for `wanted`; the steps that will be done
 def _sections(recipe:dict) -> tuple[dict,dict]: # what holds for all steps; step → what holds only there
     "A recipe's parts: a section is a step's name over a mapping."
     shared, own = {}, {s: {} for s in JOBS}
-    for k, v in recipe.items():
-        step = job_of(k) if isinstance(v, dict|None) and (k in JOBS or k[:2].isdigit()) else None
+    for k, v in ((str(k), v) for k, v in recipe.items()):
+        inside, numbered = isinstance(v, dict|None), k[:2].isdigit()
+        step = job_of(k) if numbered or inside and k in JOBS else None # a name may be a step's and a parameter's
+        if step and not inside: raise RunError(f'{k} is a step, {v!r} no parameter of it: write `{k}: {{seed: 0}}`.')
         if step: own[step] = dict(v or {})
         elif k not in ('steps', 'within'): shared[k] = v
     return shared, own

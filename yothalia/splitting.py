@@ -119,7 +119,7 @@ def split_rows(rows:list[dict], # labelled rows
     out = dict(train=[], valid=[], test=[])
     for r, g in zip(rows, groups): out[side.get(g, 'train')].append(r)
     if empty := [p for p, some in out.items() if not some]:
-        raise DataError(f'{len(rows)} rows in {len(size)} groups leave nothing for {" and ".join(empty)}: '
+        raise DataError(f'Rows: {len(rows)}, in groups: {len(size)}. That leaves nothing for {" and ".join(empty)}: '
                         'bring more rows, or another split_by.')
     return out
 
