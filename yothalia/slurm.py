@@ -329,13 +329,14 @@ def wanted_runs(recipe:str|Path, given:list[str], name:str, steps:list[str]=(), 
 def job_states(id:str) -> list[dict]: # one for each task: JobId, JobState, Reason, RunTime, Restarts …
     "A job's states according to Slurm; an empty list if it knows nothing of it."
     if not shutil.which('scontrol'): return []
-    got = subprocess.run(['scontrol', 'show', 'job', id, '-o'], capture_output=True, text=True)
+    whole = os.environ | dict(SLURM_BITSTR_LEN='0') # else a long list of tasks ends in dots
+    got = subprocess.run(['scontrol', 'show', 'job', id, '-o'], capture_output=True, text=True, env=whole)
     return [dict(re.findall(r'(\w+)=(\S+)', l)) for l in got.stdout.splitlines() if l.startswith('JobId=')]
 
 def tasks_of(job:dict) -> set[int]:
-    "The array's tasks that one line of Slurm stands for: '3', or '2-5,7%2' while they wait."
-    parts = [p.partition('-') for p in job.get('ArrayTaskId', '').partition('%')[0].split(',') if p]
-    return {n for a, _, b in parts for n in range(int(a), int(b or a)+1)}
+    "The array's tasks that one line of Slurm stands for: '3', or '2-5,7%2' while they wait; '0-12:4' is every fourth."
+    some = re.findall(r'(\d+)(?:-(\d+))?(?::(\d+))?', job.get('ArrayTaskId', '').partition('%')[0])
+    return {n for a, b, step in some for n in range(int(a), int(b or a)+1, int(step or 1))}
 
 def last_lines(file:Path|None, n:int=6) -> str:
     "The end of an output."
