@@ -350,7 +350,7 @@ def started(cmd:list[str], port:int, name:str, # of the model there
 # %% ../nbs/chat/behind.ipynb #9939e0d6
 def prompts_of(cfg:BehindConfig, tok) -> list[list[int]]:
     "Some lines of the run, each with all that comes before its reply."
-    return [text_ids(tok, render(r, tok)[0]) for r in load_split(cfg.out, 'test').select(range(cfg.replies))]
+    return [text_ids(tok, render(r, tok)[0]) for r in [*load_split(cfg.out, 'test')][:cfg.replies]]
 
 def replies_of(engine, tok, prompts:list[list[int]], new_tokens:int) -> list[str]: # an `Engine` or a `Behind`
     "Greedy replies, one after the other."
