@@ -114,10 +114,14 @@ def chat_marks(tok # a tokenizer with a chat template
                      tuple(dict.fromkeys([*ends, tok.eos_token])))
 
 # %% ../nbs/run/export.ipynb #05a0001d
+def _quoted(text:str) -> str:
+    "A text as a value of a Modelfile, which ends where a line does so with three quotes."
+    if re.search(r'"""[ \t]*\n', text): raise DataError(f'{text[:60]!r} has a line that ends with three quotes')
+    return f'"""{text}"""'
+
 def _go(text:str) -> str:
-    "Text escaped for a Go template inside a Modelfile."
-    if '{{' in text or '}}' in text or '"""' in text:
-        raise DataError(f'{text[:60]!r} holds braces or quotes that a Modelfile cannot hold')
+    "Text inside a Go template."
+    if '{{' in text or '}}' in text: raise DataError(f'{text[:60]!r} holds braces that a Go template cannot hold')
     return text
 
 def go_template(marks:ChatMarks, first:str='{user}',
@@ -141,9 +145,9 @@ def modelfile(source:str, # a GGUF file or a folder, from where the Modelfile st
     around = [filled(t, row, '{user}') for t in (template.first, template.user)]
     system = filled(template.system, row)
     shown = template._exchanges.near(row, template.examples) if template.examples else []
-    said = [f'FROM {source}', f'TEMPLATE """{go_template(marks, *around)}"""',
-            f'SYSTEM """{_go(system)}"""'*bool(system),
-            *(f'MESSAGE {t["role"]} {" ".join(t["text"].split())}' for t in shown),
+    said = [f'FROM {source}', f'TEMPLATE {_quoted(go_template(marks, *around))}',
+            f'SYSTEM {_quoted(system)}'*bool(system),
+            *(f'MESSAGE {t["role"]} {_quoted(t["text"])}' for t in shown),
             *(f'PARAMETER stop {json.dumps(s)}' for s in marks.stops), f'PARAMETER num_ctx {context}',
             f'PARAMETER temperature {temperature:g}']
     return '\n'.join(filter(None, said)) + '\n'
@@ -333,14 +337,15 @@ def write_form(ref:Reference, form:str) -> Path: # a folder or a file
     return ref.folder/name if sealed(ref.folder/name) else quantized(ref.merged, f.precision, ref.folder/name)
 
 def write_modelfiles(ref:Reference, source:Path) -> list[Path]: # the weights
-    "A Modelfile for each character of the run."
-    first, out = {}, []
-    for r in load_split(ref.cfg.out, 'train'): first.setdefault(r['character'], r)
-    for c, r in first.items():
-        p = ref.folder/('Modelfile.' + re.sub(r'[^\w-]+', '-', c))
-        with atomic(p) as new: new.write_text(modelfile(f'./{source.name}', ref.tok, r, ref.asked.template),
-                                              encoding='utf-8')
-        out.append(p)
+    "A Modelfile for each character of the run, under its name at the server; for which there can be none is said."
+    out = []
+    for name, who in cast_of_run(ref.cfg.out).items():
+        try: text = modelfile(f'./{source.name}', ref.tok, who.rows[0], ref.asked.template)
+        except (ModelError, DataError) as e:
+            print(f'No Modelfile for {who.name}: {e}.')
+            continue
+        with atomic(ref.folder/f'Modelfile.{name}') as new: new.write_text(text, encoding='utf-8')
+        out.append(ref.folder/f'Modelfile.{name}')
     return out
 
 DAMAGES = { # what is wrong → how it is made, at which precision, and which check must see it
