@@ -31,7 +31,7 @@ class _Times(yaml.SafeLoader):
 _INT = 'tag:yaml.org,2002:int'
 _Times.yaml_implicit_resolvers = {k: [(t, r) for t, r in v if t != _INT]
                                   for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_Times.add_implicit_resolver(_INT, re.compile(r'[-+]?\d+$'), [*'-+0123456789'])
+_Times.add_implicit_resolver(_INT, re.compile(r'[-+]?(?:0|[1-9][\d_]*)$'), [*'-+0123456789'])
 
 def read_yaml(path:str|Path) -> dict:
     "Names and values in a YAML file; a `RunError` if it is missing, or holds something else."
